@@ -1,0 +1,63 @@
+# Every target sets up what it needs in .venv; a second run starts at once.
+#
+#   make demo        binarize SmolLM2-135M-Instruct, evaluate it, write build/demo/
+#   make test        lint, type check and tests
+#   make test-slow   the tests that need a real model or minutes of work
+#
+# On Linux, torch from PyPI is the CUDA build (it runs on a CPU too, but is large). Where pip knows an index or a folder with
+# CPU wheels, it takes those.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
+REQUIREMENTS := pyproject.toml constraints.txt
+
+.PHONY: help install dev demo test lint typecheck format test-slow clean
+
+help:  ## this list
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; install one or set PYTHON=/path/to/python" >&2; exit 2; }
+	@# Debian ships venv without ensurepip; the system's pip can then install one
+	$(PYTHON) -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(VENV) install pip; }
+
+$(VENV)/.installed: $(BIN)/python $(REQUIREMENTS)
+	$(PIP_INSTALL) --quiet -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(BIN)/python $(REQUIREMENTS)
+	$(PIP_INSTALL) --quiet -e '.[dev,eval,logging]'
+	@touch $@ $(VENV)/.installed
+
+install: $(VENV)/.installed  ## bimos and what it needs, in .venv
+
+dev: $(VENV)/.installed-dev  ## the same plus test, lint and evaluation tools
+
+demo: $(VENV)/.installed  ## a real model to one bit and back to text, within 25 minutes on 2 cores
+	$(BIN)/bimos demo -o build/demo
+
+test: lint typecheck  ## ruff, mypy and the tests
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed-dev  ## ruff
+	$(BIN)/ruff check .
+
+typecheck: $(VENV)/.installed-dev  ## mypy
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev  ## ruff's formatter and its safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-slow: $(VENV)/.installed-dev  ## the tests that need a real model or minutes of work
+	$(BIN)/pytest -m slow --timeout 3600
+
+clean:  ## forget .venv and everything built
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

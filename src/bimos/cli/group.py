@@ -1,0 +1,109 @@
+"""What every command shares: how errors end, how results are written, and silence from the libraries below."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from bimos.errors import BimosError
+
+CONTINUE = {"quantize": "; run again with --resume", "demo": "; run again to continue"}
+DISK_FULL = "no space left on the device: make room and run again; what was saved before is intact"
+
+
+class Commands(TyperGroup):
+    """Turns what the user can mend into one line and an exit code. Lists commands in the order of their definition."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BimosError as error:
+            raise _fail(str(error)) from error
+        except KeyboardInterrupt as error:
+            print(f"\ninterrupted{CONTINUE.get(ctx.invoked_subcommand, '')}", file=sys.stderr)
+            raise typer.Exit(130) from error
+        except Exception as error:
+            if _disk_full(error):
+                raise _fail(DISK_FULL) from error
+            raise
+
+
+def _fail(message: str) -> typer.Exit:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return typer.Exit(2)
+
+
+def _disk_full(error: BaseException | None) -> bool:
+    """Also where a library in another language reports it in words, or where it is another error's cause."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def quiet() -> None:
+    """No bars and advice about the insides of libraries. Call first in a command: transformers reads some at import."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("always", category=UserWarning, module="bimos")
+    warnings.showwarning = _show_warning
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity_error()
+
+
+def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def console(json_file: Path | None = None) -> Console:
+    """Where people read results. Wide when it is no terminal, so that no table is cut in a log."""
+    stderr = str(json_file) == "-"
+    plain = Console(highlight=False, stderr=stderr)
+    return plain if plain.is_terminal else Console(highlight=False, stderr=stderr, width=140)
+
+
+def _writable(path: Path | None) -> Path | None:
+    """A result that takes an hour must not be lost to a typing error in the name of its file."""
+    if path is not None and str(path) != "-":
+        folder = path.absolute().parent
+        if not folder.is_dir():
+            raise BimosError(f"--json {path}: there is no folder '{folder}'; make it first")
+        if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+            raise BimosError(f"--json {path}: cannot write there; give another file")
+    return path
+
+
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", callback=_writable, help="Write the result to a file as JSON; - for stdout."),
+]
+
+
+def write_result(path: Path | None, result: dict[str, Any]) -> None:
+    """The command's result as JSON, where `--json` asks for it."""
+    if str(path) == "-":
+        print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+    elif path is not None:
+        from bimos.evaluation.versions import write_json
+
+        write_json(path, result)

@@ -1,0 +1,133 @@
+"""Commands that look and change nothing: `eval`, `info`, `methods` and `doctor`."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import Progress
+from rich.table import Table
+
+from bimos.cli import show
+from bimos.cli.group import Json, console, quiet, write_result
+from bimos.errors import BimosError
+
+Model = Annotated[
+    str, typer.Argument(metavar="DIR|MODEL", help="Packed directory, model directory, .gguf file or Hub id.", show_default=False)
+]
+
+
+def evaluate(
+    model: Model,
+    ppl: Annotated[str | None, typer.Option(metavar="TEXTS", help="wikitext2, wikitext2-validation, c4 or files, with commas.")] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="TASKS", help="zeroshot6, lambada or lm_eval tasks, with commas.")] = None,
+    windows: Annotated[int | None, typer.Option(metavar="N", help="Only the first windows of each text.")] = None,
+    context: Annotated[int, typer.Option(metavar="N", help="Tokens a window.")] = 2048,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first documents of each task.")] = None,
+    json: Json = None,
+) -> None:
+    """Measure perplexity and zero-shot accuracy.
+
+    Perplexity on WikiText-2 if nothing else is asked for.
+
+    Example: `bimos eval smollm2-1bit --ppl wikitext2,c4 --tasks zeroshot6 --json result.json`
+    """
+    quiet()
+    from bimos.evaluation.perplexity import perplexity
+    from bimos.evaluation.texts import load_text
+    from bimos.evaluation.versions import provenance
+    from bimos.evaluation.zeroshot import zero_shot
+    from bimos.models import load_model, load_tokenizer
+
+    if limit is not None and not tasks:
+        raise BimosError("--limit is about tasks: give --tasks too, or --windows for perplexity")
+    if tasks and find_spec("lm_eval") is None:
+        raise BimosError("zero-shot tasks need lm_eval; install it with: pip install 'bimos[eval]'")
+    texts = [load_text(name) for name in show.split(ppl or (None if tasks else "wikitext2"))]  # before the model: it may be missing
+    started = time.monotonic()
+    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    out = console(json)
+    result: dict[str, Any] = {"model": model, "perplexity": {}}
+    with Progress(console=out, transient=True, disable=not out.is_terminal) as bars:
+        for text in texts:
+            bar = bars.add_task(text.label)
+            measured = perplexity(
+                *(loaded, tokenizer, text),
+                context=context,
+                windows=windows,
+                progress=lambda done, total, value, bar=bar: bars.update(
+                    bar, completed=done, total=total, description=f"perplexity {value:.2f}"
+                ),  # type: ignore[misc]
+            )
+            result["perplexity"][text.name] = measured.to_dict()
+    if tasks:
+        result["tasks"] = zero_shot(loaded, tokenizer, show.split(tasks), limit=limit)
+    result |= provenance() | {"seconds": time.monotonic() - started}
+    show.perplexities(out, result)
+    show.tasks(out, result)
+    write_result(json, result)
+
+
+def info(model: Model, json: Json = None) -> None:
+    """Show where a model's bytes are, and its bits per weight.
+
+    Of a .gguf file or a Hub id only the config is read: sizes are then those of 16-bit weights.
+
+    Example: `bimos info smollm2-1bit`
+    """
+    quiet()
+    from bimos.models import empty_model, load_config
+    from bimos.packing.integrity import read_config
+    from bimos.packing.sizes import size_report
+
+    result: dict[str, Any] = {"model": model}
+    if Path(model).expanduser().is_dir():
+        directory = Path(model).expanduser()
+        packing = read_config(directory).get("quantization_config") or {}
+        result |= size_report(directory)
+        result |= {key: packing[key] for key in ("method", "options", "embedding_bits", "format_version") if key in packing}
+    else:
+        result |= size_report(empty_model(load_config(model)))
+    out = console(json)
+    show.sizes(out, result)
+    if "method" in result:
+        options = ", ".join(f"{key}={value}" for key, value in result["options"].items())
+        out.print(f"method {result['method']} ({options or 'no options'}), embeddings in {result['embedding_bits']} bits")
+    write_result(json, result)
+
+
+def methods(json: Json = None) -> None:
+    """List the binarization methods and their options.
+
+    Example: `bimos methods`
+    """
+    from bimos.methods import available_methods
+
+    known = available_methods()
+    table = Table("method", "what it is", "options and their defaults", box=None, pad_edge=False)
+    for name, config in known.items():
+        options = ", ".join(f"{key}={value}" for key, value in config().to_dict().items())
+        table.add_row(name, config.summary, options or "none")
+    console(json).print(table)
+    write_result(json, {name: {"summary": config.summary, "options": dataclasses.asdict(config())} for name, config in known.items()})
+
+
+def doctor(json: Json = None) -> None:
+    """Show this machine, the installation and the kernels in use.
+
+    Exit code 1 if something must be mended.
+
+    Example: `bimos doctor`
+    """
+    quiet()
+    from bimos.doctor import diagnose
+
+    report = diagnose()
+    show.diagnosis(console(json), report)
+    write_result(json, report)
+    if report["problems"]:
+        raise typer.Exit(1)

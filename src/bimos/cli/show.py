@@ -1,0 +1,100 @@
+"""Results as people read them. The same figures go to `--json` unrounded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bimos.evaluation.formatting import bits, factor, significant, size
+
+
+def split(names: str | None) -> list[str]:
+    """`a, b` as `["a", "b"]`."""
+    return [name.strip() for name in (names or "").split(",") if name.strip()]
+
+
+def _table(*columns: str, numbers: int = 0) -> Table:
+    """A table whose last `numbers` columns are right-aligned."""
+    table = Table(box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index >= len(columns) - numbers else "left", overflow="fold")
+    return table
+
+
+def sizes(out: Console, result: dict[str, Any]) -> None:
+    """Components of a model, and the two bit figures that only mean something together."""
+    table = _table("component", "tensors", "bytes", "", numbers=3)
+    for part in result["components"]:
+        table.add_row(part["name"], str(part["tensors"]), f"{part['bytes']:,}", size(part["bytes"]))
+    out.print(table)
+    out.print(f"{size(result['total_bytes'])} in all, {size(result['original_bytes'])} in 16 bits: {factor(result['compression'])} smaller")
+    body = result["body_bits_per_weight"]
+    figures = "no linear is packed" if body is None else f"{bits(body)} bits per body weight"
+    out.print(f"{figures}; {bits(result['bits_per_parameter'])} bits per parameter of the whole model")
+
+
+def plan(out: Console, result: dict[str, Any]) -> None:
+    """What `--dry-run` says."""
+    sizes(out, result)
+    for stage, peak in result.get("peak_memory_bytes", {}).items():
+        out.print(f"peak memory of {stage}: about {size(peak)}")
+
+
+def perplexities(out: Console, result: dict[str, Any]) -> None:
+    """The key `perplexity` of a result, if there is anything, beside the teacher's where that was measured too."""
+    measured = result.get("perplexity")
+    if not measured:
+        return
+    compared = any(value.get("teacher") for value in measured.values())
+    table = _table(
+        "perplexity", "value", "±", *(["teacher", "ratio"] if compared else []), "windows", "context", numbers=6 if compared else 4
+    )
+    for name, value in measured.items():
+        teacher = value.get("teacher")
+        shown = [significant(value["value"]), significant(value["stderr"], 2)]
+        shown += [significant(teacher), factor(value["value"] / teacher) if teacher else ""] if compared else []
+        table.add_row(value.get("text", name), *shown, str(value["windows"]), str(value["context"]))
+    out.print(table)
+    for value in measured.values():
+        if value.get("note"):
+            out.print(f"note: {value['text']}: {value['note']}")
+
+
+def tasks(out: Console, result: dict[str, Any]) -> None:
+    """The key `tasks` of a result, if there is one; accuracies in percent."""
+    if not result.get("tasks"):
+        return
+    table = _table("task", "acc", "acc_norm", "±", "n", numbers=4)
+    for name, score in result["tasks"].items():
+        shares = [f"{100 * score[key]:.1f}" if score.get(key) is not None else "" for key in ("acc", "acc_norm", "stderr")]
+        table.add_row(name, *shares, str(score.get("n", "")))
+    out.print(table)
+
+
+def diagnosis(out: Console, report: dict[str, Any]) -> None:
+    """What `bimos doctor` says."""
+    cpu, memory, torch = report["cpu"], report["memory"], report["torch"]
+    table = Table.grid(padding=(0, 2))
+    rows = {
+        "bimos": report["bimos"],
+        "python": report["python"],
+        "system": report["system"],
+        "cpu": f"{cpu['model']}, {cpu['cores']} cores, {' '.join(cpu['features']) or 'features unknown'}",
+        "memory": f"{size(memory['available_bytes'])} available of {size(memory['total_bytes'])}",
+        "disk": f"{size(report['disk']['free_bytes'])} free in {report['disk']['folder']}",
+        "torch": f"{torch['build']} build, {torch['cpu_capability']}, {torch['threads']} threads",
+        "gpu": ", ".join(torch["gpus"]) or "none",
+        "packages": ", ".join(f"{name} {version}" for name, version in report["packages"].items()),
+        "evaluation data": report["evaluation_data"] or "from the Hub (BIMOS_DATA names a local folder)",
+    }
+    rows |= {f"kernel {op}": kernel for op, kernel in report["kernels"].items()}
+    rows |= {f"no {name}": use for name, use in report["missing"].items()}
+    for name, value in rows.items():
+        table.add_row(name, value)
+    out.print(table)
+    for problem in report["problems"]:
+        out.print(f"[bold red]problem[/bold red]: {problem}", markup=True)
+    if not report["problems"]:
+        out.print("nothing to mend")

@@ -1,0 +1,123 @@
+"""Commands that produce text: `generate` and `chat`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from bimos.cli.group import Json, console, quiet, write_result
+from bimos.errors import BimosError
+
+Model = Annotated[
+    str, typer.Argument(metavar="DIR", help="A packed model; also an original one, a .gguf file or a Hub id.", show_default=False)
+]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Stop after so many tokens.")]
+Temperature = Annotated[float, typer.Option(metavar="T", help="0 takes the likeliest token; higher is freer.")]
+TopP = Annotated[float, typer.Option(metavar="P", help="Sample from the likeliest tokens with this total probability.")]
+Penalty = Annotated[float, typer.Option("--repetition-penalty", metavar="R", help="Above 1, tokens that were there become less likely.")]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="The same seed gives the same text.", show_default=False)]
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to continue; - reads it from stdin.", show_default=False)],
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.9,
+    repetition_penalty: Penalty = 1.1,
+    seed: Seed = None,
+    json: Json = None,
+) -> None:
+    """Continue a text.
+
+    Example: `bimos generate smollm2-1bit --prompt "Once upon a time" --max-new-tokens 60`
+    """
+    from bimos.generation import Sampling, continue_text
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty)
+    if prompt == "-":
+        prompt = sys.stdin.read().rstrip("\n")
+    loaded, tokenizer = _load(model, seed)
+    out = sys.stderr if str(json) == "-" else sys.stdout
+    out.write(prompt)
+    text = continue_text(loaded, tokenizer, prompt, sampling, lambda piece: _say(piece, out))
+    print(file=out)
+    write_result(json, {"model": model, "prompt": prompt, "text": text, "seed": seed})
+
+
+def chat(
+    model: Model,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.9,
+    repetition_penalty: Penalty = 1.1,
+    seed: Seed = None,
+) -> None:
+    """Talk to a model.
+
+    `/reset` starts over, `/exit` or Ctrl-D leaves, Ctrl-C stops an answer.
+
+    Example: `bimos chat smollm2-1bit`, or `echo "Who are you?" | bimos chat smollm2-1bit`
+    """
+    from bimos.generation import Conversation, Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty)
+    conversation = Conversation(*_load(model, seed), sampling)
+    typed = sys.stdin.isatty()
+    if typed:
+        kind = "" if conversation.has_template else "This model has no chat template: it continues what you write. "
+        console().print(f"[dim]{kind}/reset starts over, /exit leaves[/dim]")
+    while (message := _read(typed)) is not None:
+        if message in ("/exit", "/quit"):
+            return
+        if message == "/reset":
+            conversation.reset()
+        elif message:
+            _answer(conversation, message, typed)
+
+
+def _read(typed: bool) -> str | None:
+    """The next message; None at the end of the input."""
+    if not typed:
+        line = sys.stdin.readline()
+        return line.strip() if line else None
+    try:
+        return input("> ").strip()
+    except EOFError:
+        print()
+        return None
+
+
+def _answer(conversation: Any, message: str, typed: bool) -> None:
+    try:
+        conversation.reply(message, _say)
+    except KeyboardInterrupt:
+        if not typed:
+            raise
+    except BimosError as error:
+        if not typed:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+    print()
+
+
+def _say(piece: str, out: Any = None) -> None:
+    print(piece, end="", flush=True, file=out)
+
+
+def _load(model: str, seed: int | None) -> tuple[Any, Any]:
+    quiet()
+    import torch
+    import transformers
+
+    from bimos.models import load_model, load_tokenizer
+
+    loaded: Any = load_model(model)
+    tokenizer = load_tokenizer(model)
+    if torch.cuda.is_available():
+        loaded = loaded.cuda()
+    if seed is not None:
+        transformers.set_seed(seed)
+    return loaded, tokenizer

@@ -1,0 +1,189 @@
+"""The options of a run: dataclasses, filled from a YAML file and `--set key=value`, checked key by key."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+
+from bimos.errors import BimosError
+
+
+@dataclasses.dataclass
+class InitialiseConfig:
+    """Stage 1: signs and scales that fit the teacher's weights, weighted by what its linears see."""
+
+    sequences: int = 32  # calibration sequences behind the input statistics
+    iterations: int = 8  # alternations between signs/rows and columns; 0: rank-1 SVD of |W|, as the BinaryMoS authors do
+    activation_aware: bool = True  # weight the error by E[x^2]
+    distinct_experts: bool = True  # experts from clusters of tokens; False: copies
+
+
+@dataclasses.dataclass
+class BlocksConfig:
+    """Stage 2: reconstruct each decoder block from the student's own inputs."""
+
+    enabled: bool = True
+    tokens: int = 131_072  # calibration tokens, streamed through every block
+    epochs: int = 2
+    batch_size: int = 8  # sequences
+    lr_latent: float = 1.0e-2
+    lr_scale: float = 1.0e-3
+    share: float = 0.25  # of a budget given in minutes
+
+
+@dataclasses.dataclass
+class DistillConfig:
+    """Stage 3: end-to-end distillation from the teacher's logits and hidden states."""
+
+    enabled: bool = True
+    batch_size: int = 4  # sequences a step
+    accumulate: int = 1  # steps whose gradients are added up
+    lr_latent: float = 2.0e-3
+    lr_scale: float = 6.0e-4
+    train: Literal["all", "scales"] = "all"  # `scales`: latents stay as they are
+    train_norms: bool = True
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.03  # share of the stage
+    clip: float = 1.0
+    temperature: float = 1.0
+    hidden_weight: float = 0.0  # of the sum over layers of the MSE of hidden states, per sequence as in the paper: 10
+    teacher: Literal["live", "cached"] = "live"
+    top_k: int = 64  # logits a token in the cache
+    checkpoint_minutes: float = 5.0
+    report_to: str = "none"  # tensorboard, trackio: as in transformers.TrainingArguments
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """Everything that determines a run of `bimos quantize` besides the model."""
+
+    method: str = "binarymos"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the method
+    data: str = ""
+    sequence_length: int = 512
+    seed: int = 0
+    tokens: int | None = None  # of stage 3
+    minutes: float | None = None  # of all stages
+    embedding_bits: Literal[8, 16] = 8
+    skip: list[str] = dataclasses.field(default_factory=list)  # linears to leave alone, by the end of their name
+    initialise: InitialiseConfig = dataclasses.field(default_factory=InitialiseConfig)
+    blocks: BlocksConfig = dataclasses.field(default_factory=BlocksConfig)
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "config") -> Self:
+        """Raises BimosError naming `source` on an unknown key or a value of the wrong type."""
+        run = _build(cls, values, source, "")
+        run.check()
+        return run
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Raises BimosError: no such file, not YAML, or not this config."""
+        return cls.from_dict(read_yaml(path), str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def check(self) -> None:
+        """Raises BimosError on values that no run can have."""
+        for name in ("tokens", "minutes"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise BimosError(f"a budget of {value} {name} trains nothing; give --{name} a positive number")
+        if self.tokens is not None and self.minutes is not None:
+            raise BimosError("give a budget in --tokens or in --minutes, not both")
+        for name in ("sequence_length", "blocks.tokens", "blocks.epochs", "blocks.batch_size", "distill.batch_size", "distill.accumulate", "distill.top_k"):
+            section, _, key = name.rpartition(".")
+            value = getattr(getattr(self, section) if section else self, key)
+            if value <= 0:
+                raise BimosError(f"{name}={value}: must be positive")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping as a dict. Raises BimosError: missing, unreadable, not a mapping."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BimosError(f"cannot read config file '{path}': {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise BimosError(f"config file '{path}' is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise BimosError(f"config file '{path}' must be a mapping of keys to values")
+    return values
+
+
+def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """`values` with `--set` assignments such as `distill.lr_latent=1e-3` applied. Raises BimosError on bad syntax."""
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path:
+            raise BimosError(f"--set {assignment}: write key=value, for example distill.lr_latent=1e-3")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        *parents, key = path.split(".")
+        target = values
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise BimosError(f"--set {assignment}: '{parent}' is a value, not a section")
+        target[key] = value
+    return values
+
+
+def _build(cls: type, values: Any, source: str, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise BimosError(f"{source}: '{prefix.rstrip('.')}' must be a section of keys and values")
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise BimosError(f"{source}: unknown key '{prefix}{key}'; known here: {', '.join(hints)}")
+        arguments[key] = _convert(hints[key], value, source, prefix + key)
+    return cls(**arguments)
+
+
+def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, source, key + ".")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise BimosError(f"{source}: {key}={value!r}: must be one of {', '.join(map(str, arguments))}")
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, source, key)
+    if origin in (list, dict):
+        if isinstance(value, origin):
+            return value
+    elif hint is bool:
+        if isinstance(value, bool):
+            return value
+    elif hint is str:
+        if isinstance(value, str):
+            return value
+    elif not isinstance(value, bool):  # int or float; YAML 1.1 reads 1e-3 as a string
+        try:
+            number = float(value)
+            if hint is float:
+                return number
+            if number == int(number):
+                return int(number)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    raise BimosError(f"{source}: {key}={value!r}: must be of type {getattr(hint, '__name__', hint)}")

@@ -1,0 +1,1 @@
+"""How good a model is: perplexity, zero-shot tasks, samples, and the reports that show them."""

@@ -1,0 +1,165 @@
+"""Text from a model, a piece at a time: continuing a prompt, and conversations through the chat template.
+
+Everything runs through `transformers.generate`, so any causal language model will do: packed, original or from a
+`.gguf` file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TextStreamer
+
+from bimos.errors import BimosError
+from bimos.evaluation.perplexity import maximum_context
+
+OnText = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Raises:
+        BimosError: a value outside its range.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.7  # 0: always the likeliest token
+    top_p: float = 0.9  # sampled from the likeliest tokens that together have this probability
+    repetition_penalty: float = 1.1  # small models, binary or not, run in circles without
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise BimosError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
+        if self.temperature < 0:
+            raise BimosError(f"--temperature {self.temperature}: must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise BimosError(f"--top-p {self.top_p}: must be above 0 and at most 1")
+        if self.repetition_penalty <= 0:
+            raise BimosError(f"--repetition-penalty {self.repetition_penalty}: must be above 0; 1 is none")
+
+    def arguments(self) -> dict[str, Any]:
+        """For `transformers.generate`. `top_k=0`: its own default of 50 would act behind the user's back."""
+        common = {"max_new_tokens": self.max_new_tokens, "repetition_penalty": self.repetition_penalty}
+        if self.temperature == 0:
+            return common | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return common | {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+
+def continue_text(model: Any, tokenizer: Any, prompt: str, sampling: Sampling, on_text: OnText | None = None) -> str:
+    """What follows `prompt`, without the prompt. `on_text` gets it piece by piece as it comes.
+
+    Raises:
+        BimosError: the prompt has no tokens, or too many for the model.
+    """
+    tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    room = _room(model, sampling)
+    if tokens.shape[1] == 0:
+        raise BimosError("the prompt is empty: give some text to continue")
+    if room is not None and tokens.shape[1] > room:
+        raise BimosError(
+            f"the prompt has {tokens.shape[1]} tokens: with --max-new-tokens {sampling.max_new_tokens} the model has room for {room}"
+        )
+    return _generate(model, tokenizer, tokens, sampling, on_text or (lambda text: None))
+
+
+class Conversation:
+    """Turns of a user and a model. Without a chat template, one text that both add to.
+
+    When the model's context is full, the oldest turns are forgotten.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, sampling: Sampling) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.has_template = bool(getattr(tokenizer, "chat_template", None))
+        self.turns: list[dict[str, str]] = []
+
+    def reset(self) -> None:
+        self.turns.clear()
+
+    def reply(self, message: str, on_text: OnText) -> str:
+        """The model's answer to `message`, given to `on_text` piece by piece; both become part of the conversation.
+
+        On KeyboardInterrupt, what was said so far stays in the conversation.
+
+        Raises:
+            BimosError: `message` alone is longer than the model's context; the conversation is then as before.
+        """
+        self.turns.append({"role": "user", "content": message})
+        try:
+            tokens = self._fitting()
+        except BimosError:
+            self.turns.pop()
+            raise
+        said: list[str] = []
+
+        def keep(text: str) -> None:
+            said.append(text)
+            on_text(text)
+
+        try:
+            _generate(self.model, self.tokenizer, tokens, self.sampling, keep)
+        finally:
+            self.turns.append({"role": "assistant", "content": "".join(said)})
+        return "".join(said)
+
+    def _fitting(self) -> Tensor:
+        """The conversation as tokens `[1, T]` that leave room for an answer."""
+        room = _room(self.model, self.sampling)
+        while True:
+            tokens = self._tokens()
+            if room is None or tokens.shape[1] <= room:
+                return tokens
+            if len(self.turns) <= 1:
+                raise BimosError(f"this message has {tokens.shape[1]} tokens; the model has room for {room}")
+            del self.turns[:2]
+
+    def _tokens(self) -> Tensor:
+        if not self.has_template:
+            return self.tokenizer("".join(turn["content"] for turn in self.turns), return_tensors="pt")["input_ids"]
+        text = self.tokenizer.apply_chat_template(self.turns, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+
+
+class _Streamer(TextStreamer):
+    """Hands text on as soon as it forms whole words."""
+
+    def __init__(self, tokenizer: Any, on_text: OnText) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.on_text(text)
+
+
+def _room(model: Any, sampling: Sampling) -> int | None:
+    """Tokens that a prompt may have; None where the model sets no limit. Raises BimosError where there is no room at all."""
+    limit = maximum_context(model)
+    if limit is None:
+        return None
+    if limit <= sampling.max_new_tokens:
+        raise BimosError(f"--max-new-tokens {sampling.max_new_tokens} leaves no room for a prompt: the model's context is {limit} tokens")
+    return limit - sampling.max_new_tokens
+
+
+@torch.inference_mode()
+def _generate(model: Any, tokenizer: Any, tokens: Tensor, sampling: Sampling, on_text: OnText) -> str:
+    tokens = tokens.to(model.get_input_embeddings().weight.device)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pieces: list[str] = []
+
+    def collect(text: str) -> None:
+        pieces.append(text)
+        on_text(text)
+
+    arguments = sampling.arguments() | {"pad_token_id": padding, "attention_mask": torch.ones_like(tokens)}
+    model.generate(tokens, streamer=_Streamer(tokenizer, collect), **arguments)
+    return "".join(pieces)

@@ -1,0 +1,81 @@
+"""The ops: schema and fake side by side, the reference as the implementation that every device falls back to.
+
+A faster kernel overrides one dispatch key (`torch.library.impl("bimos::packed_linear", "CPU")`, or
+`STABLE_TORCH_LIBRARY_IMPL` in C++) and touches nothing else.
+
+The ops have no backward. A caller that needs gradients (adapters trained on top of a packed model) gets the reference,
+which is made of differentiable parts; asking costs two comparisons a call, an autograd formula a trip through Python.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bimos.kernels import reference
+
+torch.library.define(
+    "bimos::packed_linear",
+    "(Tensor x, Tensor weight, Tensor? scale_in, Tensor? scale_out, Tensor? router, Tensor? scale_group, Tensor? bias) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("bimos::packed_linear")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scale_in: Tensor | None,
+    scale_out: Tensor | None,
+    router: Tensor | None,
+    scale_group: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    planes, out_features, in_bytes = weight.shape
+    torch._check(weight.dtype == torch.uint8, lambda: f"weight must be uint8, got {weight.dtype}")
+    torch._check(x.shape[-1] == 8 * in_bytes, lambda: f"x has {x.shape[-1]} features, the planes {8 * in_bytes}")
+    experts = 1 if router is None else router.shape[0]
+    for name, scale, features in (("scale_in", scale_in, 8 * in_bytes), ("scale_out", scale_out, out_features)):
+        if scale is not None:
+            torch._check(scale.shape == (planes, experts, features), lambda n=name, s=scale: f"{n} has shape {list(s.shape)}")
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+torch.library.define(
+    "bimos::int8_linear",
+    "(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("bimos::int8_linear")
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    torch._check(weight.dtype == torch.int8, lambda: f"weight must be int8, got {weight.dtype}")
+    torch._check(x.shape[-1] == weight.shape[1], lambda: f"x has {x.shape[-1]} features, the head {weight.shape[1]}")
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+torch.library.impl("bimos::packed_linear", "CompositeExplicitAutograd")(reference.packed_linear)
+torch.library.impl("bimos::int8_linear", "CompositeExplicitAutograd")(reference.int8_linear)
+
+
+def packed_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale_in: Tensor | None = None,
+    scale_out: Tensor | None = None,
+    router: Tensor | None = None,
+    scale_group: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The product of `x [..., in]` with packed planes; see `bimos.kernels.reference.packed_linear`."""
+    differentiable = torch.is_grad_enabled() and x.requires_grad
+    op = reference.packed_linear if differentiable else torch.ops.bimos.packed_linear
+    return op(x, weight, scale_in, scale_out, router, scale_group, bias)
+
+
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The product of `x [..., in]` with an int8 matrix scaled by row; see `bimos.kernels.reference.int8_linear`."""
+    differentiable = torch.is_grad_enabled() and x.requires_grad
+    op = reference.int8_linear if differentiable else torch.ops.bimos.int8_linear
+    return op(x, weight, scale, bias)

@@ -1,0 +1,126 @@
+"""What a binarization method is: a config, a trainable layer, and the tensors that it stores.
+
+A method is one file in this folder (or in a package that declares the entry-point group `bimos.methods`):
+
+1. a frozen dataclass derived from `MethodConfig`, decorated with `@register`, that names the method;
+2. a `TrainableLinear` that replaces `nn.Linear` while training.
+
+Everything else (initialisation, block reconstruction, distillation, packing, loading, size reports, contract tests)
+works through the few methods declared here and never asks for a method's name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from bimos.errors import BimosError
+
+
+class StoredTensor(NamedTuple):
+    """Shape and dtype of one tensor of a packed linear."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bits(self) -> int:
+        return 8 * self.dtype.itemsize * math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class InputStatistics:
+    """What is known of a linear's inputs when its scales are initialised.
+
+    Attributes:
+        second_moment: `E[x_j^2]`, float32 `[in]`.
+        sample: some input vectors, float32 `[n, in]`, from which experts find their clusters. May be empty.
+    """
+
+    second_moment: Tensor
+    sample: Tensor
+
+    @classmethod
+    def uninformed(cls, in_features: int) -> Self:
+        """Statistics of white noise: initialisation then minimises the plain weight error."""
+        return cls(torch.ones(in_features), torch.zeros(0, in_features))
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodConfig:
+    """Options of one method. Subclasses add fields; every field has a default."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    layer: ClassVar[type[TrainableLinear]]
+
+    def packed_layout(self, in_features: int, out_features: int, bias: bool) -> dict[str, StoredTensor]:
+        """The tensors that a packed linear of this method stores, by name (see `bimos.packing.linear`).
+
+        Raises:
+            BimosError: this method cannot store a linear of that shape.
+        """
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class TrainableLinear(nn.Module):
+    """A linear in training: a latent weight and whatever scales it. Interface for the trainers and the packer.
+
+    `forward` takes `[..., in]` and returns `[..., out]`, and equals `PackedLinear` with the tensors of `pack()`
+    up to the rounding of the scales to their stored precision.
+    """
+
+    def __init__(self, in_features: int, out_features: int, config: MethodConfig) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.config = config
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: MethodConfig, statistics: InputStatistics, generator: torch.Generator) -> Self:
+        """The trainable layer that starts closest to `linear` on inputs with these statistics."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def pack(self) -> dict[str, Tensor]:
+        """The stored tensors, with exactly the names, shapes and dtypes of `config.packed_layout`."""
+        raise NotImplementedError
+
+    def roles(self) -> dict[str, list[nn.Parameter]]:
+        """Every parameter, once, by its role: `latent`, `scale`, `router` or `bias`. Roles get learning rates."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, config={self.config}"
+
+
+MethodConfigT = TypeVar("MethodConfigT", bound=MethodConfig)
+
+_REGISTRY: dict[str, type[MethodConfig]] = {}
+
+
+def register(config_class: type[MethodConfigT]) -> type[MethodConfigT]:
+    """Class decorator: make a method known by its `name`."""
+    known = _REGISTRY.setdefault(config_class.name, config_class)
+    if known.__qualname__ != config_class.__qualname__ or known.__module__ != config_class.__module__:
+        raise BimosError(f"two methods are called '{config_class.name}': {known} and {config_class}; rename one")
+    return config_class
+
+
+def require_multiple_of_8(in_features: int) -> None:
+    """Planes hold eight weights a byte.
+
+    Raises:
+        BimosError: `in_features` is not a multiple of 8.
+    """
+    if in_features % 8:
+        raise BimosError(f"a linear with in_features={in_features} cannot be packed: planes need a multiple of 8; exclude it with --set skip=[...]")

@@ -1,0 +1,173 @@
+"""BinaryMoS: mixture of scales, arXiv 2406.12311 (NeurIPS 2024), equations 3 to 5.
+
+    G     = softmax(X Wr)                      X [tokens, in], router Wr stored as [e, in], softmax in float32
+    s_in  = G S_in,   s_out = G S_out          S_in [e, in], S_out [e, out]: the scaling experts
+    Y     = ((X * s_in) sign(W)^T) * s_out + bias
+
+One router per linear drives both mixes. Stored: one plane, `e` pairs of float16 vectors, a float16 router.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bimos.errors import BimosError
+from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, register, require_multiple_of_8
+from bimos.methods.ste import compute_dtype, sign_ste, weighted_rank_one
+from bimos.packing.format import pack_signs
+
+
+class BinaryMoSLinear(TrainableLinear):
+    """Trainable BinaryMoS linear.
+
+    Parameters:
+        weight: latent, float32 `[out, in]`.
+        scale_in `[e, in]`, scale_out `[e, out]`: the experts.
+        router: `[e, in]`, None with one expert.
+        bias: `[out]` or None.
+    """
+
+    config: BinaryMoSConfig
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, config: BinaryMoSConfig) -> None:
+        super().__init__(in_features, out_features, config)
+        experts = config.num_experts
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.scale_in = nn.Parameter(torch.ones(experts, in_features))
+        self.scale_out = nn.Parameter(torch.ones(experts, out_features))
+        self.router = nn.Parameter(torch.zeros(experts, in_features)) if experts > 1 else None
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: Any, statistics: InputStatistics, generator: torch.Generator) -> Self:
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, config).to(linear.weight.device)
+        weight = linear.weight.detach().float()
+        experts = config.num_experts
+        sample = statistics.sample
+        clusters = None
+        if config.distinct_experts and experts > 1 and len(sample) >= 8 * experts:
+            clusters = _cluster(sample, experts, generator)
+        fits = []
+        for expert in range(experts):
+            second_moment = statistics.second_moment
+            if clusters is not None:
+                # Half the cluster's own statistics: a small cluster must not forget what all tokens have in common.
+                second_moment = (second_moment + sample[clusters.labels == expert].square().mean(0)) / 2
+            fits.append(weighted_rank_one(weight.abs(), second_moment, config.iterations))
+        with torch.no_grad():
+            layer.scale_out.copy_(torch.stack([r for r, _ in fits]))
+            layer.scale_in.copy_(torch.stack([c for _, c in fits]))
+            layer.weight.copy_(weight)
+            if config.latent_magnitude is not None:
+                # Divided by what the scales expect of it, every latent is as likely to flip as any other.
+                expected = fits[0][0][:, None] * fits[0][1][None, :]
+                layer.weight.div_(expected.clamp_min(1e-8)).mul_(config.latent_magnitude)
+            if layer.router is not None:
+                if clusters is not None:
+                    layer.router.copy_(clusters.router)
+                else:
+                    # The authors' only symmetry breaker: nn.Linear's own random start.
+                    bound = linear.in_features**-0.5
+                    layer.router.copy_((torch.rand(layer.router.shape, generator=generator) * 2 - 1) * bound)
+            if layer.bias is not None:
+                layer.bias.copy_(linear.bias)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(compute_dtype(x))
+        if self.router is None:
+            scale_in, scale_out = self.scale_in[0], self.scale_out[0]
+        else:
+            gate = F.softmax(F.linear(x, self.router.to(x.dtype)).float(), dim=-1).to(x.dtype)
+            scale_in, scale_out = gate @ self.scale_in.to(x.dtype), gate @ self.scale_out.to(x.dtype)
+        y = F.linear(x * scale_in.to(x.dtype), sign_ste(self.weight, x))
+        y = y * scale_out.to(y.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def pack(self) -> dict[str, Tensor]:
+        tensors = {
+            "weight": pack_signs(self.weight.detach())[None],
+            "scale_in": self.scale_in.detach().half()[None],
+            "scale_out": self.scale_out.detach().half()[None],
+        }
+        if self.router is not None:
+            tensors["router"] = self.router.detach().half()
+        if self.bias is not None:
+            tensors["bias"] = self.bias.detach().half()
+        return tensors
+
+    def roles(self) -> dict[str, list[nn.Parameter]]:
+        return {
+            "latent": [self.weight],
+            "scale": [self.scale_in, self.scale_out],
+            "router": [] if self.router is None else [self.router],
+            "bias": [] if self.bias is None else [self.bias],
+        }
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class BinaryMoSConfig(MethodConfig):
+    """Options of BinaryMoS. The defaults start better than the authors' on a small budget; see docs/decisions.md.
+
+    The authors' start is `iterations=0, distinct_experts=False, latent_magnitude=None`.
+    """
+
+    name: ClassVar[str] = "binarymos"
+    summary: ClassVar[str] = "one sign plane, scales mixed per token from experts (2406.12311)"
+    layer: ClassVar[type[TrainableLinear]] = BinaryMoSLinear
+
+    num_experts: int = 4
+    iterations: int = 8  # of activation-weighted least squares for the scales; 0: rank-1 SVD of |W|
+    distinct_experts: bool = True  # experts start from clusters of tokens
+    latent_magnitude: float | None = 0.25  # mean |latent| at the start; None: the teacher's weights as they are
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 1:
+            raise BimosError(f"num_experts={self.num_experts}: BinaryMoS needs at least one expert")
+
+    def packed_layout(self, in_features: int, out_features: int, bias: bool) -> dict[str, StoredTensor]:
+        require_multiple_of_8(in_features)
+        experts = self.num_experts
+        layout = {
+            "weight": StoredTensor((1, out_features, in_features // 8), torch.uint8),
+            "scale_in": StoredTensor((1, experts, in_features), torch.float16),
+            "scale_out": StoredTensor((1, experts, out_features), torch.float16),
+        }
+        if experts > 1:
+            layout["router"] = StoredTensor((experts, in_features), torch.float16)
+        if bias:
+            layout["bias"] = StoredTensor((out_features,), torch.float16)
+        return layout
+
+
+@dataclasses.dataclass(frozen=True)
+class _Clusters:
+    labels: Tensor  # [n]
+    router: Tensor  # [e, in], whose softmax prefers a token's cluster
+
+
+def _cluster(sample: Tensor, experts: int, generator: torch.Generator) -> _Clusters:
+    """Spherical k-means over input vectors `[n, in]`; None of the clusters comes back empty."""
+    points = F.normalize(sample, dim=-1)
+    centres = points[torch.randperm(len(points), generator=generator)[:experts]]
+    for _ in range(10):
+        labels = (points @ centres.T).argmax(-1)
+        for expert in range(experts):
+            members = points[labels == expert]
+            if len(members) == 0:  # start again from the point that fits worst
+                members = points[(points @ centres.T).amax(-1).argmin()][None]
+            centres[expert] = F.normalize(members.mean(0), dim=0)
+    labels = (points @ centres.T).argmax(-1)
+    for expert in range(experts):
+        if not (labels == expert).any():
+            labels[(points @ centres[expert]).argmax()] = expert
+    # No bias term exists, so what all centres share is taken out; the spread makes gates soft at the start.
+    router = centres - centres.mean(0)
+    spread = (sample @ router.T).std().clamp_min(1e-6)
+    return _Clusters(labels, router / spread)

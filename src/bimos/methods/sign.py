@@ -1,0 +1,100 @@
+"""Signs with one scale per row, or per group of a row: XNOR-Net's rule (1603.05279, equation 6), the floor of every table.
+
+    Y = X (a * sign(W))^T + bias                 a_i = mean_j |W_ij|, over the row or each group of it
+
+Without training this is round-to-nearest at one bit. The latents and scales can be trained like any other method's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bimos.errors import BimosError
+from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, register, require_multiple_of_8
+from bimos.methods.ste import compute_dtype, sign_ste
+from bimos.packing.format import pack_signs
+
+
+class SignLinear(TrainableLinear):
+    """Trainable sign linear.
+
+    Parameters:
+        weight: latent, float32 `[out, in]`.
+        scale: `[out]`, or `[out, in/group]`.
+        bias: `[out]` or None.
+    """
+
+    config: SignConfig
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, config: SignConfig) -> None:
+        super().__init__(in_features, out_features, config)
+        shape = (out_features,) if config.group_size is None else (out_features, in_features // config.group_size)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.scale = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: Any, statistics: InputStatistics, generator: torch.Generator) -> Self:
+        config.packed_layout(linear.in_features, linear.out_features, False)  # refuses shapes that do not fit
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, config).to(linear.weight.device)
+        weight = linear.weight.detach().float()
+        with torch.no_grad():
+            layer.scale.copy_(weight.abs().mean(1) if config.group_size is None else weight.abs().unflatten(1, (-1, config.group_size)).mean(-1))
+            layer.weight.copy_(weight)
+            if layer.bias is not None:
+                layer.bias.copy_(linear.bias)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(compute_dtype(x))
+        signs = sign_ste(self.weight, x)
+        if self.config.group_size is None:
+            y = F.linear(x, signs)
+            y = y * self.scale.to(y.dtype)
+        else:
+            y = F.linear(x, (signs.unflatten(1, (-1, self.config.group_size)) * self.scale[..., None].to(signs.dtype)).flatten(1))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def pack(self) -> dict[str, Tensor]:
+        tensors = {"weight": pack_signs(self.weight.detach())[None]}
+        scale = self.scale.detach().half()
+        if self.config.group_size is None:
+            tensors["scale_out"] = scale[None, None]
+        else:
+            tensors["scale_group"] = scale[None]
+        if self.bias is not None:
+            tensors["bias"] = self.bias.detach().half()
+        return tensors
+
+    def roles(self) -> dict[str, list[nn.Parameter]]:
+        return {"latent": [self.weight], "scale": [self.scale], "router": [], "bias": [] if self.bias is None else [self.bias]}
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class SignConfig(MethodConfig):
+    """Options of `sign`: `group_size` inputs share a scale; None means the whole row."""
+
+    name: ClassVar[str] = "sign"
+    summary: ClassVar[str] = "one sign plane, one scale per row or group (1603.05279)"
+    layer: ClassVar[type[TrainableLinear]] = SignLinear
+
+    group_size: int | None = None
+
+    def packed_layout(self, in_features: int, out_features: int, bias: bool) -> dict[str, StoredTensor]:
+        require_multiple_of_8(in_features)
+        layout = {"weight": StoredTensor((1, out_features, in_features // 8), torch.uint8)}
+        if self.group_size is None:
+            layout["scale_out"] = StoredTensor((1, 1, out_features), torch.float16)
+        else:
+            if self.group_size < 1 or in_features % self.group_size:
+                raise BimosError(f"group_size={self.group_size} does not divide in_features={in_features}; choose a divisor of it")
+            layout["scale_group"] = StoredTensor((1, out_features, in_features // self.group_size), torch.float16)
+        if bias:
+            layout["bias"] = StoredTensor((out_features,), torch.float16)
+        return layout

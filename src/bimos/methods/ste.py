@@ -1,0 +1,70 @@
+"""The straight-through sign, and the scales that fit a weight matrix best at the start."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class SignSTE(torch.autograd.Function):
+    """`sign(w)` in +1/-1 (`w >= 0` is +1), with the gradient of the identity where `-1 < w < 1` and none elsewhere.
+
+    The rule of BinaryMoS (2406.12311) and OneBit (2402.11295), after Courbariaux et al. (1602.02830).
+    `dtype` is that of the signs: under autocast they are made in it at once, so no float32 copy exists.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(weight)
+        plus = torch.ones((), dtype=dtype, device=weight.device)
+        return torch.where(weight >= 0, plus, -plus)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        return grad * (weight.abs() < 1), None
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the matrix product on `x`: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def sign_ste(weight: Tensor, x: Tensor) -> Tensor:
+    """The signs of `weight` in the dtype in which they will be multiplied with `x`."""
+    return SignSTE.apply(weight, compute_dtype(x))
+
+
+def rank_one_svd(magnitude: Tensor) -> tuple[Tensor, Tensor]:
+    """`sqrt(s1) u1 [out]`, `sqrt(s1) v1 [in]` of `|W| [out, in]`: the start of OneBit (SVID) and BinaryMoS.
+
+    By power iteration: the matrix is non-negative, so its first singular vectors are and convergence is fast.
+    """
+    v = magnitude.mean(0)
+    for _ in range(30):
+        u = magnitude @ v
+        u /= u.norm().clamp_min(1e-30)
+        v = magnitude.T @ u
+        sigma = v.norm().clamp_min(1e-30)
+        v = v / sigma
+    return u * sigma.sqrt(), v * sigma.sqrt()
+
+
+def weighted_rank_one(magnitude: Tensor, column_weight: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """Row scales `r [out]` and column scales `c [in]` that minimise `sum_ij h_j (|W_ij| - r_i c_j)^2`.
+
+    With `h_j = E[x_j^2]` this is the output error of the binarized linear for inputs that are uncorrelated.
+    Alternating least squares from the rank-1 SVD.
+
+    Args:
+        magnitude: `|W|`, float32 `[out, in]`.
+        column_weight: `h`, float32 `[in]`, non-negative.
+        iterations: alternations; each is two matrix-vector products.
+    """
+    r, c = rank_one_svd(magnitude)
+    weight = (column_weight / column_weight.mean().clamp_min(1e-30)).clamp_min(1e-6)
+    for _ in range(iterations):
+        r = (magnitude @ (weight * c)) / (weight * c * c).sum().clamp_min(1e-30)
+        c = (magnitude.T @ r) / (r * r).sum().clamp_min(1e-30)
+    return r, c

@@ -1,0 +1,177 @@
+"""Teachers: loading them, and which of their linears become binary.
+
+Nothing here knows an architecture by name. Decoder blocks are the longest `ModuleList` of the model whose members
+hold linears; every `nn.Linear` inside them is converted, the head and whatever lies outside is not.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.quantization_config import GgufConfig
+
+from bimos.errors import BimosError
+
+
+def _source(model: str | Path) -> tuple[str, dict[str, Any]]:
+    """The directory or Hub id to load from, and the keyword arguments for a `.gguf` file.
+
+    Raises:
+        BimosError: a path that leads nowhere, or an empty directory.
+    """
+    text = str(model)
+    path = Path(text).expanduser()
+    if text.endswith(".gguf"):
+        if not path.is_file():
+            raise BimosError(f"no such file: '{text}'")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BimosError(f"'{text}' has no config.json: give a transformers model directory, a .gguf file or a Hub id")
+        return str(path), {}
+    if text.startswith((".", "/", "~")) or text.count("/") > 1 or path.is_file():
+        raise BimosError(f"no such model directory: '{text}'")
+    return text, {}
+
+
+def _explain(model: str | Path, error: Exception) -> BimosError:
+    source = str(model)
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if not Path(source).expanduser().exists():
+        return BimosError(f"cannot load '{source}' from the Hub ({first}); check the name and the network, or give a local directory")
+    return BimosError(f"cannot load '{source}': {first}")
+
+
+def load_config(model: str | Path) -> PretrainedConfig:
+    """The config alone: no weights are read. Raises BimosError if there is none."""
+    source, extra = _source(model)
+    try:
+        return AutoConfig.from_pretrained(source, **extra)
+    except (OSError, ValueError, KeyError) as error:
+        raise _explain(model, error) from None
+
+
+def load_tokenizer(model: str | Path) -> Any:
+    """The model's tokenizer. Raises BimosError if there is none."""
+    source, extra = _source(model)
+    try:
+        return AutoTokenizer.from_pretrained(source, **extra)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _explain(model, error) from None
+
+
+def load_model(model: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """A model in evaluation mode, from a directory, a `.gguf` file (dequantised) or the Hub. Packed ones too.
+
+    Raises:
+        BimosError: it is not there or cannot be read.
+    """
+    source, extra = _source(model)
+    if extra:
+        extra["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
+    except BimosError:
+        raise
+    except Exception as error:  # safetensors, json and torch each have their own; all mean that it cannot be read
+        if isinstance(error, (MemoryError, KeyboardInterrupt)):
+            raise
+        raise _explain(model, error) from error
+    if extra and hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config
+        loaded.is_quantized = False
+        loaded.hf_quantizer = None
+    return loaded.eval()
+
+
+def load_teacher(model: str | Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Any]:
+    """Teacher and tokenizer. 32-bit teachers are taken in bfloat16 unless `dtype` says otherwise.
+
+    Raises:
+        BimosError: it cannot be loaded, is quantized already, or has no linears to convert.
+    """
+    config = load_config(model)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and not str(model).endswith(".gguf"):
+        raise BimosError(f"'{model}' is quantized already; start from the original model")
+    teacher = load_model(model, dtype or "auto")
+    if dtype is None and teacher.dtype not in (torch.bfloat16, torch.float16):
+        teacher = teacher.to(torch.bfloat16)
+        teacher.config.dtype = torch.bfloat16
+    convertible_linears(teacher)
+    teacher.requires_grad_(False)
+    return teacher, load_tokenizer(model)
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder blocks.
+
+    Raises:
+        BimosError: the model has no list of blocks with linears in them.
+    """
+    best: tuple[str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and _linears(module[0]) and (best is None or len(module) > len(best[1])):
+            if best is not None and name.startswith(best[0] + "."):
+                continue  # a list inside a block (experts, say) is not the list of blocks
+            best = name, module
+    if best is None:
+        kind = " (its linears are transformers Conv1D modules)" if any(isinstance(m, Conv1D) for m in model.modules()) else ""
+        raise BimosError(f"{type(model).__name__} has no decoder blocks with nn.Linear modules{kind}; there is nothing to binarize")
+    return best
+
+
+def _linears(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.Linear) or hasattr(child, "pack") or hasattr(child, "scale_out") for child in module.modules())
+
+
+def convertible_linears(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Linear]:
+    """The linears that become binary, by full name, in the order of the forward pass as far as the modules tell.
+
+    Args:
+        skip: endings of names to leave alone, such as `down_proj` or `layers.0.mlp.up_proj`.
+
+    Raises:
+        BimosError: a mixture-of-experts model, an ending that matches nothing, or nothing left to convert.
+    """
+    skip = list(skip)
+    prefix, blocks = decoder_blocks(model)
+    config = getattr(model, "config", None)
+    experts = next((k for k in ("num_local_experts", "num_experts", "n_routed_experts") if (getattr(config, k, None) or 0) > 1), None)
+    fused = any(p.dim() == 3 for p in blocks.parameters())
+    if fused or experts:
+        raise BimosError(f"{type(model).__name__} is a mixture-of-experts model; bimos converts dense models only")
+    linears = {f"{prefix}.{name}": module for name, module in blocks.named_modules() if type(module) is nn.Linear}
+    for ending in skip:
+        if not any(_ends(name, ending) for name in linears):
+            raise BimosError(f"skip: no linear's name ends in '{ending}'; names are like '{next(iter(linears))}'")
+    linears = {name: module for name, module in linears.items() if not any(_ends(name, ending) for ending in skip)}
+    if not linears:
+        raise BimosError(f"{type(model).__name__} has no linears to convert")
+    return linears
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith("." + ending)
+
+
+def data_root() -> Path | None:
+    """Folder of evaluation sets and texts: `BIMOS_DATA`, or `../shared/data` beside a checkout; None if there is none."""
+    if "BIMOS_DATA" in os.environ:
+        return Path(os.environ["BIMOS_DATA"]).expanduser()
+    beside = Path(__file__).parents[2].parent / "shared" / "data"
+    return beside if beside.is_dir() else None

@@ -1,0 +1,1 @@
+"""Packed models: bits, the modules that hold them, checkpoints. Knows no method and no trainer."""

@@ -1,0 +1,227 @@
+"""Saving packed models so that nothing on disk is ever half-written or lost.
+
+A directory is written aside (`.NAME.saving`, beside it), flushed to the disk and renamed into place; one that is
+replaced is swapped in a single step where the system can (Linux), so that a kill at any moment leaves the old
+checkpoint or the new one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import ModelCardData
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from bimos.errors import BimosError
+from bimos.packing.hf import BimosConfig
+from bimos.packing.sizes import size_report
+
+_CHECKPOINT_SUFFIXES = {".safetensors", ".json", ".bin", ".model", ".txt", ".jinja", ".md", ".py"}
+_CHECKPOINT_FOLDERS = {"additional_chat_templates"}
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def check_output(directory: str | Path, overwrite: bool = False) -> Path:
+    """The directory to write, if it may be written. Call it before work starts whose result goes there.
+
+    Raises:
+        BimosError: it is a file, it holds something and `overwrite` is false, or it cannot be replaced.
+    """
+    path = Path(directory).expanduser().resolve()
+    if path.exists() and not path.is_dir():
+        raise BimosError(f"output '{directory}' is a file; name a directory")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise BimosError(f"output directory '{directory}' is not empty; use another or --overwrite")
+    if os.path.ismount(path):
+        raise BimosError(
+            f"output directory '{directory}' is a mount point, which cannot be replaced in one step; name a directory inside it"
+        )
+    return path
+
+
+@contextmanager
+def written_aside(directory: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A fresh directory to write to, which takes the place of `directory` when the block ends without an error.
+
+    Of a directory that is replaced, entries that are no part of a checkpoint (a log, a folder) move to the new one.
+
+    Raises:
+        BimosError: see `check_output`; or no space, or no permission. What was there before is untouched.
+    """
+    path = check_output(directory, overwrite)
+    aside = path.parent / f".{path.name}.saving"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _discard(aside, path)  # left by a save that was killed
+        aside.mkdir()
+        yield aside
+        _flush(aside)
+        _put_in_place(aside, path)
+    except BaseException as error:
+        with suppress(OSError):
+            _discard(aside, path)
+        if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno is not None):
+            raise _explain(directory, error) from error
+        raise
+
+
+def save_packed(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    directory: str | Path,
+    *,
+    overwrite: bool = False,
+    card: dict[str, Any] | None = None,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Save a packed model as a transformers directory: weights, configs, tokenizer and a model card.
+
+    Args:
+        model: as `pack_model` or `from_pretrained` gives it.
+        tokenizer: None leaves tokenizer files out.
+        directory: written as a whole or not at all.
+        overwrite: replace a directory that is not empty.
+        card: facts for the model card (see `model_card`), added to those that the model already carries.
+        max_shard_size: of one safetensors file.
+
+    Raises:
+        BimosError: the model is not packed, or `directory` cannot be written.
+    """
+    config = getattr(model.config, "quantization_config", None)
+    if not isinstance(config, BimosConfig):
+        raise BimosError(f"{type(model).__name__} is not a packed model; pack it first")
+    config.card = {**config.card, **(card or {})}
+    with written_aside(directory, overwrite) as aside:
+        model.save_pretrained(aside, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
+        (aside / "README.md").write_text(model_card(config, size_report(aside)), encoding="utf-8")
+    return Path(directory)
+
+
+def model_card(config: BimosConfig, sizes: dict[str, Any]) -> str:
+    """The README of a checkpoint.
+
+    Args:
+        config: whose `card` may have `base_model` (a Hub id or a name), `recipe` and `budget` (text, or names and
+            values), `perplexity` (text name to a number or to names and values), `versions`; anything else is listed.
+        sizes: from `size_report`.
+    """
+    from bimos import __version__
+
+    facts = dict(config.card)
+    base = str(facts.pop("base_model", "") or "")
+    local = not base or Path(base).expanduser().exists() or base.count("/") != 1
+    data = ModelCardData(
+        base_model=None if local else base, base_model_relation=None if local else "quantized",
+        library_name="transformers", pipeline_tag="text-generation", tags=["bimos", "1-bit", *([config.method] if config.method else [])],
+    )  # fmt: skip
+    name = Path(base).name if local else base
+    versions = {"bimos": __version__, "torch": torch.__version__, "transformers": transformers.__version__, **facts.pop("versions", {})}
+    size = {
+        "method": " ".join([config.method, *(f"{key}={value}" for key, value in config.options.items())]),
+        "bits": f"{sizes['body_bits_per_weight']:.3f} per body weight, {sizes['bits_per_parameter']:.3f} per parameter of the whole model",
+        "size": f"{sizes['total_bytes'] / 1e6:.1f} MB, {sizes['compression']:.1f} times smaller than in 16 bits",
+        "embeddings": f"{config.embedding_bits} bits",
+    }
+    sections = [
+        f"---\n{data.to_yaml()}\n---\n\n# {name or 'A model'} in about one bit per weight\n",
+        f"{name or 'A language model'}, binarized with bimos.\n\n" + _table(size),
+        "## Use\n\n```python\nimport bimos  # teaches transformers the format\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")\n```\n',
+        "## Perplexity\n\n" + (_table(facts.pop("perplexity", None)) or "Not measured; run `bimos eval` on this directory.\n"),
+    ]
+    for title in ("recipe", "budget"):
+        if facts.get(title):
+            sections.append(f"## {title.capitalize()}\n\n" + _table(facts.pop(title)))
+    if facts:
+        sections.append("## Also recorded\n\n" + _table(facts))
+    sections.append("## Versions\n\n" + _table(versions))
+    return "\n".join(sections)
+
+
+def _table(values: Any) -> str:
+    if not isinstance(values, dict):
+        return f"{values}\n" if values else ""
+    rows = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {_number(v)}" for k, v in value.items())
+        text = " ".join(_number(value).replace("|", "\\|").split())
+        rows.append(f"| {key} | {text} |")
+    return "\n".join(["| | |", "| --- | --- |", *rows, ""])
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _flush(directory: Path) -> None:
+    """Everything below `directory` is on the disk when this returns."""
+    for root, _, files in os.walk(directory):
+        for name in [*files, "."]:
+            handle = os.open(os.path.join(root, name), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def _put_in_place(aside: Path, path: Path) -> None:
+    if not path.exists() or not any(path.iterdir()):
+        os.rename(aside, path)  # an empty directory is replaced too
+    elif _exchange(aside, path):
+        _discard(aside, path)
+    else:
+        # Two steps: a kill between them leaves the old checkpoint complete under the name `.old`.
+        old = path.parent / f"{path.name}.old"
+        os.rename(path, old)
+        os.rename(aside, path)
+        _discard(old, path)
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two directories in one step; False where the system or the file system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    at_cwd, exchange = -100, 2
+    return renameat2 is not None and renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0
+
+
+def _discard(directory: Path, heir: Path) -> None:
+    """Delete a checkpoint directory; what in it is no part of a checkpoint moves to `heir`, if that exists."""
+    if not directory.exists():
+        return
+    if heir.is_dir():
+        for entry in directory.iterdir():
+            known = entry.name in _CHECKPOINT_FOLDERS if entry.is_dir() else entry.suffix in _CHECKPOINT_SUFFIXES
+            if not known and not (heir / entry.name).exists():
+                os.rename(entry, heir / entry.name)
+    shutil.rmtree(directory)
+
+
+def _explain(directory: str | Path, error: Exception) -> BimosError:
+    number = getattr(error, "errno", None)
+    text = os.strerror(number) if number is not None else " ".join(str(error).split())
+    if number in _FULL_DISK or any(f"os error {code}" in text or os.strerror(code) in text for code in _FULL_DISK):
+        return BimosError(f"no space left on the disk while saving '{directory}'; free some and save again (nothing there was changed)")
+    return BimosError(f"cannot save '{directory}': {text}; nothing there was changed")

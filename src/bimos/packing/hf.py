@@ -1,0 +1,244 @@
+"""transformers loads and saves packed checkpoints through the two classes that `import bimos` registers here.
+
+Loading: `BimosQuantizer` checks the files, replaces modules of the empty model by packed ones, and transformers' own
+loader fills them. Saving: it adds checksums to the headers. Modules hold buffers of fixed dtypes, so that neither
+`dtype=` nor weight initialisation touches them.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bimos.errors import BimosError
+from bimos.packing.embedding import quantize_embeddings
+from bimos.packing.integrity import DTYPES, FORMAT_VERSION, METADATA_KEY, check_format_version, checksums, read_headers, verify_files
+from bimos.packing.layout import Layout, common_layout
+from bimos.packing.linear import PackedLinear
+
+
+@register_quantization_config("bimos")
+class BimosConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a packed checkpoint.
+
+    Attributes:
+        format_version: of the checkpoint; newer ones are refused.
+        method: name of the binarization method, for people and reports: loading does not depend on it.
+        options: of the method.
+        planes, experts, group_size, tensors: the layout that most linears share (`bimos.packing.layout.Layout`).
+        modules: layouts of linears that differ from it, by name.
+        modules_to_not_convert: names of the linears that are not packed.
+        embedding_bits: 8 or 16.
+        card: what the model card says: base model, recipe, budget, perplexity.
+    """
+
+    def __init__(
+        self,
+        format_version: int = FORMAT_VERSION,
+        method: str = "",
+        options: dict[str, Any] | None = None,
+        planes: int = 1,
+        experts: int = 1,
+        group_size: int | None = None,
+        tensors: dict[str, str] | None = None,
+        modules: dict[str, dict[str, Any]] | None = None,
+        modules_to_not_convert: list[str] | None = None,
+        embedding_bits: int = 16,
+        card: dict[str, Any] | None = None,
+        quant_method: str = "bimos",
+        **extra: Any,
+    ) -> None:
+        """Raises BimosError: a newer format, or layouts that this version cannot read."""
+        check_format_version(format_version)
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.format_version = format_version
+        self.method = method
+        self.options = options or {}
+        self.planes, self.experts, self.group_size, self.tensors = planes, experts, group_size, tensors or {}
+        self.modules = modules or {}
+        self.modules_to_not_convert = modules_to_not_convert or []
+        self.embedding_bits = embedding_bits
+        self.card = card or {}
+        self.__dict__.update(extra)  # a key that we do not know must survive a re-save
+        if embedding_bits not in (8, 16):
+            raise BimosError(f"embedding_bits={embedding_bits}: must be 8 or 16")
+        self.layout(None, True)
+        for name in self.modules:
+            self.layout(name, True)
+
+    def layout(self, name: str | None, bias: bool) -> Layout:
+        """The layout of linear `name`, which has a bias in the original model or not."""
+        if name in self.modules:
+            return Layout.from_dict(self.modules[name])
+        shared = Layout.from_dict(self.__dict__)
+        return shared if bias else shared.without_bias()
+
+
+@register_quantizer("bimos")
+class BimosQuantizer(HfQuantizer):
+    """Puts packed modules into the empty model before weights are loaded, and checksums into what is saved."""
+
+    quantization_config: BimosConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise BimosError("BimosConfig cannot binarize a model while it loads; use bimos.quantize, then load the result")
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> Any:
+        headers = None
+        if checkpoint_files is not None:
+            verify_files(checkpoint_files)
+            headers = read_headers(checkpoint_files)
+        install_packed_modules(model, self.quantization_config, headers)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Checksums of exactly the tensors that `save_pretrained` is about to write."""
+        tensors = {name: t for name, t in model.state_dict().items() if name not in (model._keys_to_ignore_on_save or ())}
+        return None, {METADATA_KEY: checksums(remove_tied_weights_from_state_dict(tensors, model))}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Files have the modules' own names: what fuses or renames dense weights must not touch planes."""
+        return []
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def install_packed_modules(model: Any, config: BimosConfig, headers: dict[str, tuple[tuple[int, ...], str]] | None = None) -> None:
+    """Replace modules of a model on the meta device by the packed ones that `config` describes.
+
+    Args:
+        headers: shapes and dtypes in the files, to be compared with the config's where given.
+
+    Raises:
+        BimosError: config and files disagree.
+    """
+    # Names in the config are those of the model with its head; a bare base model has no prefix.
+    prefix = "" if hasattr(model, model.base_model_prefix) else model.base_model_prefix + "."
+    kept = set(config.modules_to_not_convert)
+    linears = [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear and prefix + name not in kept]
+    with torch.device("meta"):
+        for name, linear in linears:
+            layout = config.layout(prefix + name, linear.bias is not None)
+            packed = PackedLinear.empty(layout.shapes(linear.in_features, linear.out_features))
+            if headers is not None:
+                _compare(prefix + name, packed, headers)
+            model.set_submodule(name, packed)
+        replaced = [name for name, _ in linears]
+        if config.embedding_bits == 8:
+            replaced += quantize_embeddings(model)
+    for name in replaced:
+        model.get_submodule(name)._is_hf_initialized = True  # weight initialisation is to leave it alone
+
+
+def _compare(name: str, packed: PackedLinear, headers: dict[str, tuple[tuple[int, ...], str]]) -> None:
+    for key, tensor in packed.tensors().items():
+        expected, found = (tuple(tensor.shape), DTYPES[tensor.dtype]), headers.get(f"{name}.{key}")
+        if found != expected:
+            raise BimosError(f"config.json and weights disagree on '{name}.{key}' ({expected} and {found}); copy the checkpoint again")
+
+
+def attach(model: Any, config: BimosConfig) -> None:
+    """Make an in-memory packed model one that transformers knows to be quantized, so that `save_pretrained` works."""
+    quantizer = BimosQuantizer(config, pre_quantized=True)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model._weight_conversions = []  # see update_weight_conversions
+    quantizer.postprocess_model(model)
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The dense model of this config on the meta device: the names, shapes and ties of the original."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def describe(model: PreTrainedModel, *, method: str, options: dict[str, Any], embedding_bits: int) -> BimosConfig:
+    """The config of a model whose linears are packed already."""
+    dense = {name: m for name, m in skeleton(model.config).named_modules() if isinstance(m, nn.Linear)}
+    layouts = {name: Layout.of(m.tensors()) for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    if not layouts:
+        raise BimosError(f"{type(model).__name__} has no packed linears; binarize it first")
+    common, others = common_layout(layouts, {name for name, m in dense.items() if m.bias is not None})
+    return BimosConfig(
+        method=method,
+        options=dict(options),
+        **common.to_dict(),
+        modules={name: layout.to_dict() for name, layout in others.items()},
+        modules_to_not_convert=[name for name in dense if name not in layouts],
+        embedding_bits=embedding_bits,
+    )
+
+
+def pack_model(
+    model: PreTrainedModel,
+    *,
+    method: str,
+    options: dict[str, Any],
+    embedding_bits: int = 16,
+    dtype: torch.dtype | None = None,
+    card: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Turn a trained student into a packed model, in place: what `from_pretrained` gives after a save and a load.
+
+    Args:
+        model: every module of it that has a `pack()` method (a trainable linear) is replaced.
+        method: name of the method, for the config.
+        options: of the method, for the config.
+        embedding_bits: 8 converts the token embedding and the head to int8 by row; 16 leaves them alone.
+        dtype: what remains (norms, embeddings in 16 bits) is cast to it; None leaves it alone.
+        card: facts for the model card.
+
+    Returns:
+        `model`, in evaluation mode.
+
+    Raises:
+        BimosError: nothing to pack, weights that cannot be packed, or embeddings that int8 cannot hold.
+    """
+    trained = [(name, m) for name, m in model.named_modules() if callable(getattr(m, "pack", None)) and not isinstance(m, PackedLinear)]
+    for name, module in trained:
+        try:
+            packed = PackedLinear.from_tensors(module.pack())
+        except BimosError as error:
+            raise BimosError(f"cannot pack '{name}': {error}") from None
+        model.set_submodule(name, packed)
+    if dtype is not None:
+        for parameter in model.parameters():  # not model.to(): that would round the rotary frequencies too
+            parameter.data = parameter.data.to(dtype)
+    if embedding_bits == 8:
+        _declare_ties(model)
+        quantize_embeddings(model)
+    config = describe(model, method=method, options=options, embedding_bits=embedding_bits)
+    config.card = dict(card or {})
+    attach(model, config)
+    return model.eval()
+
+
+def _declare_ties(model: PreTrainedModel) -> None:
+    """Make the config say whether embedding and head are one tensor: a loader has nothing else to go by."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None:
+        tied = head.weight is embedding.weight
+        model.config.get_text_config(decoder=True).tie_word_embeddings = model.config.tie_word_embeddings = tied
+        if not tied:
+            model.all_tied_weights_keys = {}

@@ -1,0 +1,166 @@
+"""Checksums of packed weights, kept in the header of every safetensors file of a checkpoint.
+
+    metadata["bimos.crc32"]   eight hex digits for each tensor of the checkpoint, in the order of their names
+
+One sum covers a tensor's name, dtype, shape and bytes. Every shard carries all sums, so that a missing shard shows.
+CRC-32 finds every flipped bit and is read at more than 1 GB/s; it is no protection against forgery.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bimos.errors import BimosError
+
+FORMAT_VERSION = 1
+METADATA_KEY = "bimos.crc32"
+DTYPES = {  # names that safetensors headers use; it stores tensors from the last of these to the first
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
+}  # fmt: skip
+_CHUNK = 64 * 2**20
+
+
+def checksum(name: str, tensor: Tensor) -> str:
+    """Eight hex digits over name, dtype, shape and bytes of a tensor."""
+    crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    for start in range(0, data.numel(), _CHUNK):  # from an accelerator a part at a time
+        crc = zlib.crc32(data[start : start + _CHUNK].cpu().numpy().data, crc)
+    return f"{crc:08x}"
+
+
+def checksums(tensors: Mapping[str, Tensor]) -> str:
+    """The metadata value for a checkpoint of these tensors."""
+    return "".join(checksum(name, tensors[name]) for name in sorted(tensors))
+
+
+def weight_files(directory: str | Path) -> list[Path]:
+    """The safetensors files of a checkpoint, shards in order.
+
+    Raises:
+        BimosError: there are none, or the index is not readable.
+    """
+    directory = Path(directory)
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise BimosError(f"'{directory}' has no model.safetensors: not a checkpoint, or an incomplete one; copy it again")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise BimosError(f"'{index}' is corrupt; copy the checkpoint again") from None
+    return [directory / str(name) for name in names]
+
+
+def read_headers(files: Iterable[str | Path]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and safetensors dtype (`U8`, `F16`, ...) of every tensor, by name; no weights are read.
+
+    Raises:
+        BimosError: a file is missing, truncated or not safetensors.
+    """
+    headers = {}
+    for file in files:
+        with _open(file) as weights:
+            for name in weights.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                part = weights.get_slice(name)
+                headers[name] = (tuple(part.get_shape()), part.get_dtype())
+    return headers
+
+
+def verify_files(paths: Iterable[str | Path]) -> None:
+    """Compare every tensor with its checksum.
+
+    Raises:
+        BimosError: a file is missing, truncated or corrupt, or has no checksums.
+    """
+    files = [Path(path) for path in paths]
+    expected: str | None = None
+    actual: dict[str, tuple[str, Path]] = {}
+    for file in files:
+        with _open(file) as weights:
+            stored = (weights.metadata() or {}).get(METADATA_KEY)
+            if stored is None:
+                raise BimosError(f"'{file}' carries no checksums: it is corrupt, or bimos did not write it; copy the checkpoint again")
+            if expected is not None and stored != expected:
+                raise BimosError(f"'{file}' does not belong to the files beside it; copy the checkpoint again")
+            expected = stored
+            try:
+                actual.update((name, (checksum(name, weights.get_tensor(name)), file)) for name in weights.keys())  # noqa: SIM118
+            except SafetensorError as error:
+                raise _corrupt(file, error) from None
+    if expected is None or len(expected) != 8 * len(actual):
+        where = files[0].parent if files else "the checkpoint"
+        raise BimosError(f"'{where}' holds {len(actual)} tensors where {len(expected or '') // 8} were saved; copy the checkpoint again")
+    for position, name in enumerate(sorted(actual)):
+        value, file = actual[name]
+        if value != expected[8 * position : 8 * position + 8]:
+            raise BimosError(f"'{file}' is corrupt: the checksum of '{name}' does not match; copy the checkpoint again")
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """`config.json` of a checkpoint directory.
+
+    Raises:
+        BimosError: no such directory or file, or not JSON.
+    """
+    path = Path(directory) / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict):
+            return values
+    except OSError:
+        if not Path(directory).is_dir():
+            raise BimosError(f"no such model directory: '{directory}'") from None
+        raise BimosError(f"'{directory}' has no config.json: not a model, or a save that was interrupted") from None
+    except ValueError:
+        pass
+    raise BimosError(f"'{path}' is corrupt; copy the checkpoint again")
+
+
+def is_packed(directory: str | Path) -> bool:
+    """Whether a directory holds a checkpoint that bimos packed. Raises BimosError: it holds no model at all."""
+    quantization = read_config(directory).get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "bimos"
+
+
+def verify(directory: str | Path) -> None:
+    """Check a packed checkpoint's config, format version, files and checksums.
+
+    Raises:
+        BimosError: whatever is wrong, in one line.
+    """
+    if not is_packed(directory):
+        raise BimosError(f"'{directory}' is not a packed checkpoint; make one with `bimos quantize`")
+    check_format_version(read_config(directory)["quantization_config"].get("format_version"))
+    verify_files(weight_files(directory))
+
+
+def check_format_version(version: Any) -> None:
+    """Raises BimosError: written by a newer bimos, or not a version."""
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise BimosError(f"format_version {version!r} in config.json is not a version; get the checkpoint again")
+    if version > FORMAT_VERSION:
+        raise BimosError(f"this checkpoint has format_version {version} and this bimos reads up to {FORMAT_VERSION}; upgrade bimos")
+
+
+def _open(file: str | Path) -> Any:
+    if not Path(file).is_file():
+        raise BimosError(f"'{file}' is missing; copy the checkpoint again")
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise _corrupt(file, error) from None
+
+
+def _corrupt(file: str | Path, error: Exception) -> BimosError:
+    return BimosError(f"'{file}' is truncated or corrupt ({' '.join(str(error).split())}); copy the checkpoint again")

@@ -1,0 +1,97 @@
+"""Which tensors the packed linears of a checkpoint have, in terms that know no method.
+
+A checkpoint's config holds one layout that most of its linears share, and the layouts of those that differ, by name.
+With them every `PackedLinear` can be built before a weight is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from bimos.errors import BimosError
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What one packed linear stores besides its planes.
+
+    Attributes:
+        planes: sign planes.
+        experts: rows of `scale_in` and `scale_out`.
+        group_size: inputs that share a scale of `scale_group`; None without one.
+        tensors: dtypes by name, of all but `weight`, in the order of the names.
+    """
+
+    planes: int
+    experts: int
+    group_size: int | None
+    tensors: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The layout of a packed linear with these tensors."""
+        planes, _, in_bytes = tensors["weight"].shape
+        experts = next((tensors[name].shape[1] for name in ("scale_in", "scale_out") if name in tensors), 1)
+        group_size = 8 * in_bytes // tensors["scale_group"].shape[2] if "scale_group" in tensors else None
+        dtypes = tuple(sorted((name, str(t.dtype).removeprefix("torch.")) for name, t in tensors.items() if name != "weight"))
+        return cls(planes, experts, group_size, dtypes)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Raises BimosError: not what `to_dict` writes."""
+        try:
+            tensors = tuple(sorted((str(k), str(v)) for k, v in values["tensors"].items()))
+            for name, dtype in tensors:
+                if name not in ("scale_in", "scale_out", "router", "scale_group", "bias") or not isinstance(
+                    getattr(torch, dtype), torch.dtype
+                ):
+                    raise ValueError(name)
+            group_size = values["group_size"]
+            return cls(int(values["planes"]), int(values["experts"]), None if group_size is None else int(group_size), tensors)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BimosError(
+                f"config.json does not describe packed linears that this version knows ({error}); get the checkpoint again"
+            ) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"planes": self.planes, "experts": self.experts, "group_size": self.group_size, "tensors": dict(self.tensors)}
+
+    def without_bias(self) -> Self:
+        return dataclasses.replace(self, tensors=tuple(item for item in self.tensors if item[0] != "bias"))
+
+    def shapes(self, in_features: int, out_features: int) -> Shapes:
+        """Shapes and dtypes of the tensors of a linear of this size."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "scale_in": (self.planes, self.experts, in_features),
+            "scale_out": (self.planes, self.experts, out_features),
+            "router": (self.experts, in_features),
+            "scale_group": (self.planes, out_features, in_features // (self.group_size or in_features)),
+            "bias": (out_features,),
+        }
+        layout: Shapes = {"weight": ((self.planes, out_features, in_features // 8), torch.uint8)}
+        layout.update((name, (shapes[name], getattr(torch, dtype))) for name, dtype in self.tensors)
+        return layout
+
+
+def common_layout(layouts: Mapping[str, Layout], biased: set[str]) -> tuple[Layout, dict[str, Layout]]:
+    """The layout that most linears share, and those of the others.
+
+    In the common layout a `bias` is there for those linears that had one in the original model.
+
+    Args:
+        layouts: by name of the linear; at least one.
+        biased: names of the linears that have a bias in the original model.
+    """
+    common = Counter(layout.without_bias() for layout in layouts.values()).most_common(1)[0][0]
+    dtypes = Counter(dict(layout.tensors)["bias"] for layout in layouts.values() if "bias" in dict(layout.tensors))
+    if dtypes:
+        common = dataclasses.replace(common, tensors=tuple(sorted((*common.tensors, ("bias", dtypes.most_common(1)[0][0])))))
+    return common, {name: layout for name, layout in layouts.items() if layout != (common if name in biased else common.without_bias())}

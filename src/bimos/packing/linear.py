@@ -1,0 +1,113 @@
+"""The one module that runs every method: sign planes and the scales around them.
+
+    y = sum_p  s_out_p(x) * (B_p @ (s_in_p(x) * x))  +  bias
+
+Methods differ only in which tensors a layer stores (DESIGN, sections 2 and 6); the kernels take any subset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from bimos.errors import BimosError
+from bimos.kernels import packed_linear
+
+
+class PackedLinear(nn.Module):
+    """A linear whose weights are bits.
+
+    The tensors are buffers, not parameters: nothing here is trained, and the dtype that transformers reads off a
+    model's parameters must stay that of its activations. They keep their dtypes under `model.to(dtype)`.
+
+    Attributes:
+        weight: uint8 `[planes, out, in/8]`.
+        scale_in: `[planes, e, in]` or None.
+        scale_out: `[planes, e, out]` or None.
+        router: `[e, in]`, or None where e = 1.
+        scale_group: `[planes, out, in/g]` or None.
+        bias: `[out]` or None.
+    """
+
+    NAMES = ("weight", "scale_in", "scale_out", "router", "scale_group", "bias")
+
+    weight: Tensor
+    scale_in: Tensor | None
+    scale_out: Tensor | None
+    router: Tensor | None
+    scale_group: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises BimosError when the tensors do not fit together."""
+        super().__init__()
+        _check(tensors)
+        for name in self.NAMES:
+            tensor = tensors.get(name)
+            self.register_buffer(name, None if tensor is None else tensor.detach().contiguous())
+        self.out_features = self.weight.shape[1]
+        self.in_features = 8 * self.weight.shape[2]
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The layer that holds these tensors (not copies), as a trainable layer's `pack()` gives them."""
+        return cls(tensors)
+
+    @classmethod
+    def empty(cls, layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device | str = "meta") -> Self:
+        """A layer of this layout with uninitialised tensors, to load a checkpoint into."""
+        return cls({name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in layout.items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return packed_linear(x, self.weight, self.scale_in, self.scale_out, self.router, self.scale_group, self.bias)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by name."""
+        return {name: tensor for name in self.NAMES if (tensor := getattr(self, name)) is not None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(keeping_dtype(fn), recurse)
+
+    def extra_repr(self) -> str:
+        experts = 1 if self.router is None else self.router.shape[0]
+        return f"in_features={self.in_features}, out_features={self.out_features}, planes={self.weight.shape[0]}, experts={experts}"
+
+
+def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn` as `nn.Module._apply` takes it, but moving tensors only: stored precision is part of the format."""
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return move
+
+
+def _check(tensors: Mapping[str, Tensor]) -> None:
+    unknown = sorted(set(tensors) - set(PackedLinear.NAMES))
+    if unknown or "weight" not in tensors:
+        raise BimosError(f"a packed linear stores {', '.join(PackedLinear.NAMES)}; got {', '.join(tensors)}")
+    weight = tensors["weight"]
+    if weight.dtype != torch.uint8 or weight.ndim != 3:
+        raise BimosError(f"'weight' of a packed linear must be uint8 [planes, out, in/8]; got {weight.dtype} {list(weight.shape)}")
+    planes, out_features, in_features = weight.shape[0], weight.shape[1], 8 * weight.shape[2]
+    router: Any = tensors.get("router")
+    experts = 1 if router is None else router.shape[0]
+    expected = {
+        "scale_in": (planes, experts, in_features),
+        "scale_out": (planes, experts, out_features),
+        "router": (experts, in_features),
+        "bias": (out_features,),
+    }
+    for name, shape in expected.items():
+        tensor = tensors.get(name)
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise BimosError(f"'{name}' of a packed linear {list(weight.shape)} must have shape {list(shape)}; got {list(tensor.shape)}")
+    group = tensors.get("scale_group")
+    if group is not None and (
+        group.ndim != 3 or group.shape[:2] != weight.shape[:2] or group.shape[2] == 0 or in_features % group.shape[2]
+    ):
+        raise BimosError(f"'scale_group' of a packed linear {list(weight.shape)} must be [planes, out, in/g]; got {list(group.shape)}")

@@ -1,0 +1,1 @@
+"""Turning a teacher into a binarized student: data, initialisation, block reconstruction, distillation."""

@@ -1,0 +1,162 @@
+"""Stages 1 and 2: start every block's layers from its inputs, then reconstruct the block.
+
+For each decoder block in order: its inputs come from the student as binarized so far, its targets from the teacher. Latents
+and scales are trained on the relative error of the block's output (compare BRECQ, 2102.05426, for reconstruction by
+block; the student's own inputs let a block mend what the blocks before it broke). Memory: the teacher, one block in training, and
+two streams of hidden states. A finished block goes to disk as `block-000.safetensors`; a run that was killed begins again
+at the first one missing, after sending both streams through the blocks that are done.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bimos.config import RunConfig
+from bimos.methods.base import MethodConfig
+from bimos.models import convertible_linears, decoder_blocks
+from bimos.training.budget import Budget, schedule
+from bimos.training.losses import relative_error
+from bimos.training.memory import peak_bytes, reset_peak
+from bimos.training.optimizer import build_optimizer, set_rate
+from bimos.training.progress import Progress
+from bimos.training.streams import BlockCall, advance, batches, capture, embed, input_statistics
+from bimos.training.student import binarize, load_tensors, save_tensors
+
+
+def block_file(directory: Path, index: int) -> Path:
+    """Where a finished block's trained tensors lie."""
+    return directory / f"block-{index:03d}.safetensors"
+
+
+def load_blocks(student: nn.Module, directory: Path) -> None:
+    """Put what stage 2 left in `directory` into a student."""
+    _, blocks = decoder_blocks(student)
+    for index, block in enumerate(blocks):
+        tensors, _ = load_tensors(block_file(directory, index))
+        block.load_state_dict(tensors, strict=False)
+
+
+def reconstruct_blocks(
+    teacher: nn.Module, windows: Tensor, method: MethodConfig, config: RunConfig, directory: Path, progress: Progress, seconds: float | None
+) -> dict[str, Any]:
+    """Initialise and reconstruct every block; leaves their files in `directory`.
+
+    Args:
+        windows: calibration tokens `[n, T]`, n a multiple of `config.blocks.batch_size`.
+        seconds: time for all blocks together, or None for the epochs that the config asks for.
+
+    Returns:
+        The stage's report: tokens, seconds, tokens per second and block, peak memory, first and last error of every block.
+    """
+    reset_peak()
+    directory.mkdir(parents=True, exist_ok=True)
+    prefix, blocks = decoder_blocks(teacher)
+    names = [name.removeprefix(prefix + ".").split(".", 1) for name in convertible_linears(teacher, config.skip)]
+    size = min(config.blocks.batch_size, len(windows))
+    _, calls = capture(teacher, windows[:size])
+    stream = torch.cat([embed(teacher, windows[rows]) for rows in batches(len(windows), size)])
+    student_stream = stream.clone()
+    history: list[dict[str, Any]] = []
+    worked = trained_tokens = 0.0
+    progress.begin("block reconstruction", len(blocks))
+    for index, (block, call) in enumerate(zip(blocks, calls, strict=True)):
+        local = [name for number, name in names if int(number) == index]
+        trainable = copy.deepcopy(block)
+        path = block_file(directory, index)
+        if path.exists():
+            binarize(trainable, local, method, {}, torch.Generator().manual_seed(0))
+            tensors, metadata = load_tensors(path)
+            trainable.load_state_dict(tensors, strict=False)
+            entry = {key: float(metadata[key]) for key in ("loss_first", "loss_last", "seconds", "tokens")}
+            advance(block, call, stream, size, out=stream)
+        else:
+            start = time.monotonic()
+            left = None if seconds is None else (seconds - worked) / (len(blocks) - index)
+            targets = advance(block, call, stream, size)
+            entry = _reconstruct(trainable, local, call, student_stream, targets, method, config, index, left, start, progress)
+            stream = targets
+            entry["seconds"] = time.monotonic() - start
+            trained = {name: tensor for name, tensor in trainable.state_dict().items() if _is_trained(trainable, name)}
+            save_tensors(trained, path, {key: repr(value) for key, value in entry.items()})
+        advance(trainable, call, student_stream, size, out=student_stream)
+        worked += entry["seconds"]
+        trained_tokens += entry["tokens"]
+        history.append({"block": index, **entry})
+        progress.advance(1, loss=entry["loss_last"])
+    return {
+        "name": "blocks",
+        "tokens": int(trained_tokens / len(blocks)),
+        "seconds": worked,
+        "tokens_per_second": trained_tokens / max(worked, 1e-9),  # of one block
+        "peak_memory_bytes": peak_bytes(),
+        "loss_first": sum(entry["loss_first"] for entry in history) / len(history),
+        "loss_last": sum(entry["loss_last"] for entry in history) / len(history),
+        "blocks": history,
+    }
+
+
+def _is_trained(block: nn.Module, name: str) -> bool:
+    parameter = dict(block.named_parameters()).get(name)
+    return parameter is not None and parameter.dtype == torch.float32
+
+
+def _reconstruct(
+    block: nn.Module,
+    names: list[str],
+    call: BlockCall,
+    inputs: Tensor,
+    targets: Tensor,
+    method: MethodConfig,
+    config: RunConfig,
+    index: int,
+    seconds: float | None,
+    start: float,
+    progress: Progress,
+) -> dict[str, float]:
+    """Train one block in place; the errors of its first and last steps, and the tokens that it saw."""
+    options, length = config.blocks, inputs.shape[1]
+    size = min(options.batch_size, len(inputs))
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
+    statistics = {}
+    if config.initialise.activation_aware:
+        statistics = input_statistics(block, names, call, inputs, size, config.initialise.sequences)
+    binarize(block, names, method, statistics, generator)
+    if not names or not options.enabled:
+        error = _error(block, call, inputs, targets, size)
+        return {"loss_first": error, "loss_last": error, "tokens": 0.0}
+    optimizer = build_optimizer(block, {"latent": options.lr_latent, "scale": options.lr_scale}, (0.9, 0.95), 0.0)
+    total = options.epochs * len(inputs) * length
+    budget = Budget(tokens=None if seconds else total, seconds=seconds)
+    budget.spent_seconds = time.monotonic() - start
+    budget.start()
+    losses: list[float] = []
+    while budget.progress() < 1 and budget.spent_tokens < total:
+        order = torch.randperm(len(inputs), generator=generator)
+        for rows in batches(len(inputs), size):
+            set_rate(optimizer, schedule("cosine", 0.05, max(budget.progress(), budget.spent_tokens / total)))
+            chosen = order[rows]
+            with torch.autocast(inputs.device.type, torch.bfloat16, enabled=inputs.dtype == torch.bfloat16):
+                output = call(block, inputs[chosen])
+            loss = relative_error(output, targets[chosen])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            budget.spent_tokens += size * length
+            losses.append(loss.item())
+            progress.tick(size * length, loss=losses[-1])
+            if budget.progress() >= 1:
+                break
+    tail = max(1, len(losses) // 10)
+    return {"loss_first": losses[0], "loss_last": sum(losses[-tail:]) / tail, "tokens": float(budget.spent_tokens)}
+
+
+def _error(block: nn.Module, call: BlockCall, inputs: Tensor, targets: Tensor, size: int) -> float:
+    rows = slice(0, size)
+    with torch.no_grad():
+        return relative_error(call(block, inputs[rows]), targets[rows]).item()

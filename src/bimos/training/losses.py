@@ -1,0 +1,113 @@
+"""Distillation losses: KL divergence over a large vocabulary in chunks, and the error of hidden states.
+
+The official balance of BinaryMoS (section 3.3 and its code): `KLDivLoss(batchmean)` over `[B, T, V]` divides by B only, and
+ten times the sum over layers of the MSE of hidden states is added. Per token that is `KL + (10 / T) * sum MSE`.
+Losses here are per token; `hidden_weight` is the paper's number and is divided by T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Head = Callable[[Tensor], Tensor]
+
+CHUNK_BYTES = 24 * 2**20  # of one float32 chunk of logits: a few of them stay in the last cache
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Tokens whose logits are held at a time."""
+    return max(16, CHUNK_BYTES // (4 * vocabulary))
+
+
+class _ChunkedKL(torch.autograd.Function):
+    """Mean over tokens of `KL(teacher || student)`. The gradient is made chunk by chunk along with the value."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Head, targets: Callable[[slice], tuple[Tensor, Tensor | None]], vocabulary: int, temperature: float) -> Tensor:  # type: ignore[override]
+        rows, count = chunk_rows(vocabulary), hidden.shape[0]
+        gradient = torch.empty_like(hidden)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, count, rows):
+            chunk = slice(start, min(start + rows, count))
+            part = hidden[chunk].detach().requires_grad_()
+            with torch.enable_grad():
+                logits = head(part)
+            student = _log_softmax(logits.detach(), temperature)
+            target, index = targets(chunk)
+            value, slope = _kl(student, target, index, temperature)
+            total += value
+            slope = slope.mul_(temperature / count).to(logits.dtype)
+            (gradient[chunk],) = torch.autograd.grad(logits, part, slope)
+        ctx.save_for_backward(gradient)
+        return total * (temperature**2 / count)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype), None, None, None, None
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return torch.log_softmax(logits if temperature == 1 else logits.float() / temperature, dim=-1, dtype=torch.float32)
+
+
+def _kl(student: Tensor, target: Tensor, index: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    """Sum over rows of the KL and its gradient by the student's logits (of the tempered softmax).
+
+    `target` are teacher logits `[n, V]`, or with `index [n, k]` the teacher's k largest. What the teacher left out counts as
+    one class of its own, so that the student is still told how much belongs to the rest.
+    """
+    if index is None:
+        teacher = _log_softmax(target, temperature)
+        probability = teacher.exp()
+        value = (teacher.sub_(student)).mul_(probability).sum()
+        return value, student.exp_().sub_(probability)
+    top, probability = target, target.exp()  # target: log-probabilities of the k
+    chosen = student.gather(-1, index)
+    rest = (1 - probability.sum(-1, keepdim=True)).clamp_min(1e-6)
+    student_rest = (1 - chosen.exp().sum(-1, keepdim=True)).clamp_min(1e-6)
+    value = (probability * (top - chosen)).sum() + (rest * (rest.log() - student_rest.log())).sum()
+    # d/dlogits: outside the k every class shares the rest in proportion to the student's own probabilities.
+    slope = student.exp_() * (1 - rest / student_rest)
+    return value, slope.scatter_(-1, index, chosen.exp() - probability)
+
+
+def kl_from_hidden(student: Tensor, teacher: Tensor, student_head: Head, teacher_head: Head, vocabulary: int, temperature: float = 1.0) -> Tensor:
+    """Mean per token of `KL(teacher || student)` without ever holding the logits of all tokens.
+
+    Args:
+        student, teacher: last hidden states `[..., d]`, after the final norm. Gradients reach `student` alone.
+        student_head, teacher_head: map `[n, d]` to logits `[n, vocabulary]`; frozen.
+    """
+    reference = teacher.flatten(0, -2)
+
+    def targets(chunk: slice) -> tuple[Tensor, None]:
+        with torch.no_grad():
+            return teacher_head(reference[chunk]), None
+
+    return _ChunkedKL.apply(student.flatten(0, -2), student_head, targets, vocabulary, temperature)
+
+
+def kl_from_top_k(student: Tensor, log_probability: Tensor, index: Tensor, student_head: Head, vocabulary: int) -> Tensor:
+    """The same against the teacher's `k` largest log-probabilities `[..., k]` and their indices, as cached on disk."""
+    top, where = log_probability.flatten(0, -2).float(), index.flatten(0, -2).long()
+    return _ChunkedKL.apply(student.flatten(0, -2), student_head, lambda chunk: (top[chunk], where[chunk]), vocabulary, 1.0)
+
+
+def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Sum over layers of the mean squared error of hidden states `[B, T, d]` (the paper's `hidden_states[1:]`)."""
+    return torch.stack([(s.float() - t.float()).square().mean() for s, t in zip(student, teacher, strict=True)]).sum()
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over tokens of `||student - teacher||^2 / ||teacher||^2`.
+
+    Relative per token, because a few tokens carry activations hundreds of times larger than the rest, and the norm that
+    follows every block removes that size again.
+    """
+    teacher = teacher.float()
+    error = (student.float() - teacher).square().sum(-1)
+    return (error / teacher.square().sum(-1).clamp_min(1e-6)).mean()

@@ -1,0 +1,43 @@
+"""AdamW over the parameters that are trained, with a learning rate for each role."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from bimos.methods.base import TrainableLinear
+
+
+def trained_parameters(model: nn.Module, norms: bool = False) -> dict[str, list[nn.Parameter]]:
+    """Parameters by role: `latent`, `scale` (scales, routers, biases) and, when asked for, `norm`."""
+    groups: dict[str, list[nn.Parameter]] = {"latent": [], "scale": [], "norm": []}
+    for module in model.modules():
+        if isinstance(module, TrainableLinear):
+            for role, parameters in module.roles().items():
+                groups["latent" if role == "latent" else "scale"] += parameters
+        elif norms and "norm" in type(module).__name__.lower():
+            groups["norm"] += list(module.parameters(recurse=False))
+    return groups
+
+
+def build_optimizer(model: nn.Module, rates: dict[str, float], betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+    """AdamW on the roles that `rates` names; every other parameter stops requiring gradients. Norms are taken to float32."""
+    groups = trained_parameters(model, norms="norm" in rates)
+    model.requires_grad_(False)
+    chosen = []
+    for role, rate in rates.items():
+        if not groups[role]:
+            continue
+        for parameter in groups[role]:
+            if role == "norm":
+                parameter.data = parameter.data.float().clone()
+            parameter.requires_grad_(True)
+        decay = weight_decay if role == "latent" else 0.0
+        chosen.append({"params": groups[role], "lr": rate, "base_lr": rate, "role": role, "weight_decay": decay})
+    return torch.optim.AdamW(chosen, betas=betas, fused=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's learning rate to `factor` times its own."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor

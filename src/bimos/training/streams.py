@@ -1,0 +1,120 @@
+"""Calling one decoder block outside its model: what the model passes to it, and hidden states that stream through it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bimos.methods.base import InputStatistics
+from bimos.models import decoder_blocks
+
+
+class _Stop(Exception):
+    pass
+
+
+@dataclasses.dataclass
+class BlockCall:
+    """The keyword arguments (masks, rotary embeddings, positions) that a model gives to each of its blocks.
+
+    They depend on the shape of the batch alone, since calibration windows are full and unpadded.
+    """
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """`block` on hidden states `[B, T, d]`, of the batch size that was captured."""
+        output = block(hidden, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def capture(model: nn.Module, windows: Tensor) -> tuple[Tensor, list[BlockCall]]:
+    """What enters the first block for `windows [B, T]`, and how every block is called.
+
+    The first block's input is `[B, T, d]`: embeddings, and whatever the architecture does with them.
+    """
+    _, blocks = decoder_blocks(model)
+    calls: list[BlockCall] = []
+    first: list[Tensor] = []
+
+    def record(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        kwargs = dict(kwargs)
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        first.append(hidden.detach())
+        kept = {key: value for key, value in kwargs.items() if key not in ("past_key_values", "past_key_value", "layer_past")}
+        kept["use_cache"] = False
+        calls.append(BlockCall(tuple(args[1:]), kept))
+        return args, kwargs if args else {"hidden_states": hidden, **kwargs}
+
+    hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
+    try:
+        with torch.no_grad():
+            model.base_model(input_ids=windows, use_cache=False)  # type: ignore[operator, union-attr]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return first[0], calls
+
+
+def embed(model: nn.Module, windows: Tensor) -> Tensor:
+    """What enters the first block for `windows [B, T]`, without running any block."""
+    _, blocks = decoder_blocks(model)
+    caught: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        caught.append((args[0] if args else kwargs["hidden_states"]).detach())
+        raise _Stop
+
+    hook = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            model.base_model(input_ids=windows, use_cache=False)  # type: ignore[operator, union-attr]
+    except _Stop:
+        pass
+    finally:
+        hook.remove()
+    return caught[0]
+
+
+def batches(count: int, size: int) -> Iterator[slice]:
+    """Slices of `size` over `count` rows; the calibration set is a multiple of the batch."""
+    for start in range(0, count, size):
+        yield slice(start, start + size)
+
+
+def advance(block: nn.Module, call: BlockCall, stream: Tensor, size: int, out: Tensor | None = None) -> Tensor:
+    """The stream `[n, T, d]` behind `block`, into `out` (which may be the stream itself)."""
+    out = torch.empty_like(stream) if out is None else out
+    with torch.no_grad():
+        for rows in batches(len(stream), size):
+            out[rows] = call(block, stream[rows]).to(out.dtype)
+    return out
+
+
+def input_statistics(block: nn.Module, names: list[str], call: BlockCall, stream: Tensor, size: int, sequences: int) -> dict[str, InputStatistics]:
+    """Second moments and samples of what the linears `names` of `block` get to see on the stream's first `sequences`."""
+    moments: dict[str, Tensor] = {}
+    samples: dict[str, list[Tensor]] = {name: [] for name in names}
+    counts = dict.fromkeys(names, 0)
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple) -> None:
+            x = args[0].detach().flatten(0, -2).float()
+            moments[name] = moments.get(name, 0) + x.square().sum(0)
+            counts[name] += len(x)
+            samples[name].append(x[:: max(1, len(x) // 256)].clone())
+
+        return hook
+
+    hooks = [block.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    try:
+        advance(block, call, stream[: max(size, sequences - sequences % size)], size)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: InputStatistics(moments[name] / counts[name], torch.cat(samples[name])) for name in names}

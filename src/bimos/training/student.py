@@ -1,0 +1,64 @@
+"""The student: the teacher's model with trainable layers in the place of its linears."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bimos.methods.base import InputStatistics, MethodConfig, TrainableLinear
+from bimos.models import convertible_linears
+
+
+def trainable_layers(model: nn.Module) -> Iterator[tuple[str, TrainableLinear]]:
+    """The layers in training, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, TrainableLinear):
+            yield name, module
+
+
+def binarize(
+    module: nn.Module, names: list[str], config: MethodConfig, statistics: dict[str, InputStatistics], generator: torch.Generator
+) -> None:
+    """Replace the linears `names` of `module` by trainable layers, in place.
+
+    Args:
+        statistics: of each linear's inputs; those not named start uninformed.
+    """
+    for name in names:
+        linear = module.get_submodule(name)
+        known = statistics.get(name) or InputStatistics.uninformed(linear.in_features)  # type: ignore[arg-type]
+        layer = config.layer.from_linear(linear, config, known, generator)  # type: ignore[arg-type]
+        module.set_submodule(name, layer)
+
+
+def uninitialised_student(teacher: nn.Module, config: MethodConfig, skip: list[str]) -> nn.Module:
+    """A copy of the teacher whose layers wait for `load_layers`. Frozen parts share the teacher's memory."""
+    names = list(convertible_linears(teacher, skip))
+    # Parameters of its own, on the same memory: what one trains (a norm, say) is taken out of the teacher's.
+    memo: dict[int, object] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in teacher.parameters()}
+    memo |= {id(buffer): buffer for buffer in teacher.buffers()}
+    student = copy.deepcopy(teacher, memo)
+    binarize(student, names, config, {}, torch.Generator().manual_seed(0))
+    return student
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file so that under its name there is the whole of it or what was there before."""
+    aside = path.with_name(path.name + ".partial")
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, aside, metadata)
+    with aside.open("rb+") as file:
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - not a dict

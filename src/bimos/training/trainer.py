@@ -1,0 +1,230 @@
+"""Stage 3: end-to-end distillation as a `transformers.Trainer`.
+
+Checkpoints hold the trained parameters, the optimizer, the scheduler and the generators' states. One counts only once its
+`complete.json` is there, which is written last; the one before it is kept until then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from bimos.config import DistillConfig
+from bimos.training.budget import Budget, schedule
+from bimos.training.losses import hidden_state_loss, kl_from_hidden, kl_from_top_k
+from bimos.training.optimizer import build_optimizer
+from bimos.training.progress import Progress
+from bimos.training.student import load_tensors, save_tensors
+from bimos.training.teacher import TopKCache, hidden_states, logit_head
+
+COMPLETE = "complete.json"
+
+
+class Distillation(nn.Module):
+    """Student and loss in one module, so that whatever wraps a model (DDP, FSDP) wraps the whole computation."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, config: DistillConfig, cache: TopKCache | None) -> None:
+        super().__init__()
+        self.student = student
+        self._teacher = (teacher,)  # in a tuple: not a submodule, neither trained nor saved
+        self._config, self._cache = config, cache
+        self.config = student.config  # the Trainer looks here
+
+    def forward(self, input_ids: Tensor, window: Tensor) -> dict[str, Tensor]:
+        """Loss per token of `input_ids [B, T]`; `window [B]` are the windows' numbers in the token stream."""
+        config, student, teacher = self._config, self.student, self._teacher[0]
+        vocabulary = student.config.vocab_size  # type: ignore[union-attr]
+        every = config.hidden_weight > 0
+        student_head = logit_head(student)
+        states: tuple[Tensor, ...] = ()
+        last: Tensor | None = None
+        found = None if self._cache is None or every else [self._cache.get(int(number)) for number in window]
+        if found is None or any(entry is None for entry in found):
+            assert teacher is not None
+            with torch.no_grad():
+                last, states = hidden_states(teacher, input_ids, every)
+            if found is not None and self._cache is not None:
+                head = logit_head(teacher)
+                found = [entry or self._cache.put(int(number), row, head) for number, entry, row in zip(window, found, last, strict=True)]
+        with torch.autocast(input_ids.device.type, torch.bfloat16):
+            mine, student_states = hidden_states(student, input_ids, every)
+            if found is not None:
+                pairs = [entry for entry in found if entry is not None]
+                top, index = (torch.stack(parts).to(mine.device) for parts in zip(*pairs, strict=True))
+                loss = kl_from_top_k(mine, top, index, student_head, vocabulary)
+            else:
+                assert teacher is not None and last is not None
+                loss = kl_from_hidden(mine, last, student_head, logit_head(teacher), vocabulary, config.temperature)
+            if every:
+                loss = loss + config.hidden_weight / input_ids.shape[1] * hidden_state_loss(student_states, states)
+        return {"loss": loss}
+
+
+class _Clock(TrainerCallback):
+    """Counts the budget, stops when it is used up, asks for checkpoints by the clock, shows progress."""
+
+    def __init__(self, budget: Budget, tokens_per_step: int, minutes: float, progress: Progress) -> None:
+        self.budget, self.tokens_per_step, self.seconds, self.progress = budget, tokens_per_step, 60 * minutes, progress
+        self.losses: list[tuple[int, float]] = []
+        self._saved = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.budget.start()
+        self._saved = self.budget.elapsed
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.budget.spent_tokens += self.tokens_per_step
+        if self.budget.elapsed - self._saved >= self.seconds:
+            control.should_save = True
+            self._saved = self.budget.elapsed
+        if self.budget.progress() >= 1:
+            control.should_training_stop = True
+            control.should_save = True
+
+    def step(self, loss: float) -> None:
+        self.losses.append((self.budget.spent_tokens, loss))
+        self.progress.tick(self.tokens_per_step, loss)
+        self.progress.set(self.budget.progress(), eta=self.budget.eta())
+
+
+class DistillTrainer(Trainer):
+    """`Trainer` that distils, in the order of the token stream, and saves what is trained and nothing else."""
+
+    def __init__(self, clock: _Clock, model: Distillation, args: TrainingArguments, **kwargs: Any) -> None:
+        super().__init__(model=model, args=args, **kwargs)
+        self._clock = clock
+        self._pending: list[float] = []
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        loss = model(**inputs)["loss"]
+        self._pending.append(loss.item())
+        if not torch.isfinite(loss):
+            raise FloatingPointError("the loss is not finite; lower distill.lr_latent and distill.lr_scale and run again with --resume")
+        if len(self._pending) == self.args.gradient_accumulation_steps:
+            self._clock.step(sum(self._pending) / len(self._pending))
+            self._pending.clear()
+        return (loss / self.args.gradient_accumulation_steps, {}) if return_outputs else loss / self.args.gradient_accumulation_steps
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]  # the stream is shuffled already
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        directory = Path(output_dir or str(self.args.output_dir))
+        directory.mkdir(parents=True, exist_ok=True)
+        save_tensors(trained_state(self.model), directory / "trained.safetensors")  # type: ignore[arg-type]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        directory = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        budget = self._clock.budget
+        facts = {"tokens": budget.spent_tokens, "seconds": budget.elapsed, "losses": self._clock.losses}
+        with (directory / f"{COMPLETE}.partial").open("w") as file:
+            json.dump(facts, file)
+            file.flush()
+            os.fsync(file.fileno())
+        (directory / f"{COMPLETE}.partial").replace(directory / COMPLETE)
+        for old in checkpoints(directory.parent)[:-1]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        tensors, _ = load_tensors(Path(resume_from_checkpoint) / "trained.safetensors")
+        load_trained(self.model, tensors)  # type: ignore[arg-type]
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter that is trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """The opposite."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].data = parameters[name].data.to(tensor.dtype)
+            parameters[name].copy_(tensor)
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [path.parent for path in directory.glob(f"checkpoint-*/{COMPLETE}")]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    dataset: Dataset,
+    sequence_length: int,
+    config: DistillConfig,
+    budget: Budget,
+    directory: Path,
+    progress: Progress,
+    cache: TopKCache | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Train the student in place until the budget is used; continues from the newest complete checkpoint in `directory`.
+
+    Args:
+        dataset: windows `{"input_ids": [T], "window": []}`, in the order in which they are to be seen.
+
+    Returns:
+        The stage's report, without its peak memory.
+    """
+    rates = {"scale": config.lr_scale, **({"latent": config.lr_latent} if config.train == "all" else {}), **({"norm": config.lr_scale} if config.train_norms else {})}
+    optimizer = build_optimizer(student, rates, (config.beta1, config.beta2), config.weight_decay)
+    scheduler = LambdaLR(optimizer, lambda _: schedule(config.schedule, config.warmup, budget.progress()))
+    tokens_per_step = config.batch_size * config.accumulate * sequence_length
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        max_steps=len(dataset) // (config.batch_size * config.accumulate),  # type: ignore[arg-type]
+        max_grad_norm=config.clip,
+        save_strategy="no",  # the clock says when
+        logging_strategy="steps",
+        logging_steps=10,
+        report_to=config.report_to,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=seed,
+    )
+    clock = _Clock(budget, tokens_per_step, config.checkpoint_minutes, progress)
+    trainer = DistillTrainer(clock, Distillation(student, teacher, config, cache), arguments, train_dataset=dataset, optimizers=(optimizer, scheduler), callbacks=[clock])
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+            trainer.remove_callback(callback)
+    done = checkpoints(directory)
+    for partial in directory.glob("checkpoint-*"):
+        if partial not in done:
+            shutil.rmtree(partial)
+    if done:
+        facts = json.loads((done[-1] / COMPLETE).read_text())
+        budget.spent_tokens, budget.spent_seconds = facts["tokens"], facts["seconds"]
+        clock.losses = [tuple(entry) for entry in facts["losses"]]
+    progress.begin("distillation", 1)
+    if budget.progress() < 1:
+        trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
+    elif done:
+        trainer._load_from_checkpoint(str(done[-1]))
+    losses = [loss for _, loss in clock.losses]
+    edge = max(1, len(losses) // 50)
+    return {
+        "name": "distill",
+        "tokens": budget.spent_tokens,
+        "seconds": budget.elapsed,
+        "tokens_per_second": budget.spent_tokens / max(budget.elapsed, 1e-9),
+        "loss_first": sum(losses[:edge]) / edge,
+        "loss_last": sum(losses[-edge:]) / edge,
+        "history": clock.losses[:: max(1, len(losses) // 500)],
+    }

@@ -1,0 +1,79 @@
+"""Fixtures: a tokenizer, a teacher and texts small enough that a test takes a second, and no network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: it reads it once
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SENTENCES = [
+    "The river is wide and slow, and in spring it covers the meadows.",
+    "Nobody in the village remembers when the bridge was built.",
+    "A ferry crosses twice a day, in the morning and at dusk.",
+    "The harbour has a lighthouse, two piers and a market for fish.",
+    "In winter the wind comes from the north and the boats stay on land.",
+    "She wrote three books about birds and one about the stars.",
+]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # tiny matrices: threads cost more than they do
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    """Some twenty thousand characters of running text, the same every time."""
+    return "\n".join(" ".join(SENTENCES[(i * k) % len(SENTENCES)] for k in (1, 5, 7)) for i in range(100))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with 320 tokens, `<s>`, `</s>` and a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", chat_template=CHAT_TEMPLATE
+    )
+
+
+@pytest.fixture(scope="session")
+def teacher_directory(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A random Llama of two blocks with grouped-query attention and tied embeddings, saved with its tokenizer."""
+    directory = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny_llama().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def tiny_llama(**changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1}
+    return LlamaForCausalLM(LlamaConfig(**(sizes | more | {"pad_token_id": 1} | changes))).eval()
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "river.txt"
+    path.write_text(text, encoding="utf-8")
+    return path

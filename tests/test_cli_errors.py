@@ -1,0 +1,267 @@
+"""Bad input: one line that names the thing, exit code 2, no traceback, and nothing on disk lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from typer.testing import CliRunner, Result
+
+from bimos.cli import app
+
+TINY = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def assert_refused(result: Result, *fragments: str) -> None:
+    """Exit code 2 and exactly one line on stderr, `error: ...`, with every fragment in it."""
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert "Traceback" not in result.output
+    for fragment in fragments:
+        assert fragment in result.stderr, result.stderr
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory, teacher_directory: Path, text_file: Path) -> Path:
+    """A packed model by `bimos quantize`, with two experts and int8 embeddings."""
+    output = tmp_path_factory.mktemp("packed") / "model"
+    result = run(*quantize(teacher_directory, output, text_file))
+    assert result.exit_code == 0, (result.output, result.exception)
+    return output
+
+
+def quantize(model: object, output: object, data: object, *more: object) -> list[object]:
+    """A run of seconds."""
+    quick = ["sequence_length=32", "initialise.sequences=4", "blocks.tokens=256", "blocks.epochs=1", "options={num_experts: 2}"]
+    settings = [part for assignment in quick for part in ("--set", assignment)]
+    budget = [] if {"--tokens", "--minutes"} & set(map(str, more)) else ["--tokens", "256"]
+    return ["quantize", model, "-o", output, "--data", data, *settings, *budget, *more]
+
+
+# What is given
+
+
+def test_missing_model_directory(tmp_path: Path, text_file: Path) -> None:
+    assert_refused(run(*quantize("./no-such-model", tmp_path / "out", text_file)), "./no-such-model")
+    assert_refused(run("info", "./no-such-model"), "./no-such-model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_model_directory(tmp_path: Path, text_file: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for arguments in (
+        quantize(tmp_path / "empty", tmp_path / "out", text_file),
+        ["info", tmp_path / "empty"],
+        ["eval", tmp_path / "empty", "--ppl", text_file],
+    ):
+        assert_refused(run(*arguments), "empty", "config.json")
+
+
+def test_hub_id_without_network(tmp_path: Path, text_file: Path) -> None:
+    assert_refused(run(*quantize("nobody/no-model", tmp_path / "out", text_file)), "nobody/no-model", "network")
+
+
+def test_a_mixture_of_experts_is_refused(tmp_path: Path, text_file: Path) -> None:
+    MixtralForCausalLM(MixtralConfig(**TINY, num_local_experts=2)).save_pretrained(tmp_path / "moe")
+    assert_refused(run("quantize", tmp_path / "moe", "--dry-run"), "mixture-of-experts")
+    assert_refused(run(*quantize(tmp_path / "moe", tmp_path / "out", text_file)), "mixture-of-experts")
+
+
+def test_inputs_that_do_not_fill_bytes_are_refused(tmp_path: Path) -> None:
+    LlamaForCausalLM(LlamaConfig(**TINY | {"intermediate_size": 44})).save_pretrained(tmp_path / "odd")
+    assert_refused(run("quantize", tmp_path / "odd", "--dry-run"), "in_features=44", "multiple of 8")
+
+
+@pytest.mark.parametrize(
+    ("more", "fragments"),
+    [
+        (["--method", "sine"], ["sine", "binarymos"]),
+        (["--set", "distill.lr=1"], ["distill.lr", "lr_latent"]),
+        (["--set", "options={experts: 3}"], ["experts", "num_experts"]),
+        (["--set", "seed"], ["key=value"]),
+        (["--set", "seed=many"], ["seed", "many"]),
+        (["--config", "no/such.yaml"], ["no/such.yaml"]),
+        (["--embedding-bits", "4"], ["embedding_bits=4", "8, 16"]),
+        (["--tokens", "0"], ["0 tokens"]),
+        (["--tokens", "-5"], ["-5 tokens"]),
+        (["--minutes", "0"], ["0.0 minutes"]),
+        (["--minutes", "-1"], ["-1.0 minutes"]),
+        (["--minutes", "1", "--tokens", "1000"], ["not both"]),
+        (["--resume", "--overwrite"], ["one of them"]),
+        (["--resume"], ["resume"]),
+        (["--json", "no/folder/result.json"], ["no/folder"]),
+        (["--set", "skip=[no_such_proj]"], ["no_such_proj"]),
+    ],
+)
+def test_bad_options(more: list[str], fragments: list[str], teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    assert_refused(run(*quantize(teacher_directory, tmp_path / "out", text_file, *more)), *fragments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_output_directory(teacher_directory: Path) -> None:
+    assert_refused(run("quantize", teacher_directory), "-o DIR")
+
+
+@pytest.mark.parametrize(
+    ("data", "fragments"),
+    [("no-such-file.txt", ["no-such-file.txt"]), ("nobody/no-data-set", ["nobody/no-data-set"]), ("blank.txt", ["blank.txt", "no text"])],
+)
+def test_data_that_is_not_there(
+    data: str, fragments: list[str], teacher_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("blank.txt").write_text(" \n\n \n")
+    assert_refused(run(*quantize(teacher_directory, tmp_path / "out", data)), *fragments)
+
+
+def test_no_data(teacher_directory: Path, tmp_path: Path) -> None:
+    assert_refused(run("quantize", teacher_directory, "-o", tmp_path / "out", "--tokens", 100), "--data")
+
+
+@pytest.mark.parametrize(
+    ("more", "fragments"),
+    [
+        (["--ppl", "wikitext9"], ["wikitext9", "wikitext2"]),
+        (["--ppl", "missing.txt"], ["missing.txt"]),
+        (["--limit", "5"], ["--tasks"]),
+        pytest.param(["--tasks", "no_such_task", "--limit", "1"], ["no_such_task"], marks=pytest.mark.slow),  # lm_eval reads its index
+    ],
+)
+def test_bad_evaluations(more: list[str], fragments: list[str], teacher_directory: Path) -> None:
+    assert_refused(run("eval", teacher_directory, *more), *fragments)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--temperature", "-1"), ("--top-p", "0"), ("--max-new-tokens", "0"), ("--prompt", "")])
+def test_bad_generation(option: str, value: str, teacher_directory: Path) -> None:
+    assert_refused(run("generate", teacher_directory, "--prompt", "The river", option, value), option.removeprefix("--"))
+
+
+# What is already there
+
+
+def test_an_output_directory_that_is_not_empty_is_left_alone(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("two years of work")
+    assert_refused(run(*quantize(teacher_directory, tmp_path / "thesis", text_file)), "thesis", "not empty", "--overwrite")
+    assert contents(tmp_path / "thesis") == {"chapter.txt": b"two years of work"}
+
+
+def test_resuming_another_run_is_refused(quantized: Path, teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    before = contents(quantized)
+    changed = quantize(teacher_directory, quantized, text_file, "--resume", "--set", "distill.lr_latent=0.5")
+    assert_refused(run(*changed), "distill.lr_latent")
+    other = tmp_path / "other-model"
+    LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained(other)
+    shutil.copy(teacher_directory / "tokenizer.json", other)
+    shutil.copy(teacher_directory / "tokenizer_config.json", other)
+    assert_refused(run(*quantize(other, quantized, text_file, "--resume")), "other-model")
+    assert contents(quantized) == before
+
+
+@pytest.mark.parametrize("command", ["unpack", "convert"])
+def test_unpack_and_convert_refuse_what_is_not_theirs(command: str, teacher_directory: Path, tmp_path: Path) -> None:
+    assert_refused(run(command, teacher_directory, "-o", tmp_path / "out"), "tiny-llama")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unpack_asks_before_it_averages(quantized: Path, tmp_path: Path) -> None:
+    assert_refused(run("unpack", quantized, "-o", tmp_path / "out"), "--approximate")
+    assert run("unpack", quantized, "-o", tmp_path / "out", "--approximate").exit_code == 0
+    assert_refused(run("unpack", quantized, "-o", tmp_path / "out", "--approximate"), "not empty")
+
+
+# Corrupt checkpoints
+
+
+def truncate(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 1
+    path.write_bytes(data)
+
+
+def forget(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+
+
+def renew(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 99
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def garble(directory: Path) -> None:
+    (directory / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "fragment"),
+    [
+        (truncate, "model.safetensors"),
+        (flip, "corrupt"),
+        (forget, "model.safetensors"),
+        (renew, "format_version 99"),
+        (garble, "config.json"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(damage: Callable[[Path], None], fragment: str, quantized: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(quantized, broken)
+    damage(broken)
+    assert_refused(run("generate", broken, "--prompt", "The river"), fragment)
+
+
+# Whatever else ends a run
+
+
+def replace_perplexity(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def raise_it(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("bimos.evaluation.perplexity.perplexity", raise_it)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: No space left on device (os error 28)")]
+)
+def test_a_full_disk_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch, teacher_directory: Path, text_file: Path) -> None:
+    replace_perplexity(monkeypatch, error)
+    assert_refused(run("eval", teacher_directory, "--ppl", text_file), "no space left")
+
+
+def test_an_interruption_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, teacher_directory: Path, text_file: Path) -> None:
+    replace_perplexity(monkeypatch, KeyboardInterrupt())
+    result = run("eval", teacher_directory, "--ppl", text_file)
+    assert (result.exit_code, result.stderr) == (130, "\ninterrupted\n")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, teacher_directory: Path, text_file: Path) -> None:
+    replace_perplexity(monkeypatch, ZeroDivisionError("a bug"))
+    result = run("eval", teacher_directory, "--ppl", text_file)
+    assert isinstance(result.exception, ZeroDivisionError) and "error:" not in result.stderr
