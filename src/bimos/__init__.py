@@ -10,8 +10,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-import bimos.packing.hf  # noqa: F401  (registers the format)
 from bimos.errors import BimosError
+from bimos.packing import registration
 
 __version__ = "0.1.0"
 
@@ -40,3 +40,4 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+registration.register()

@@ -18,9 +18,7 @@ class InitialiseConfig:
     """Stage 1: signs and scales that fit the teacher's weights, weighted by what its linears see."""
 
     sequences: int = 32  # calibration sequences behind the input statistics
-    iterations: int = 8  # alternations between signs/rows and columns; 0: rank-1 SVD of |W|, as the BinaryMoS authors do
-    activation_aware: bool = True  # weight the error by E[x^2]
-    distinct_experts: bool = True  # experts from clusters of tokens; False: copies
+    activation_aware: bool = True  # hand the statistics to the method; False: it sees the weights alone
 
 
 @dataclasses.dataclass
@@ -57,6 +55,7 @@ class DistillConfig:
     hidden_weight: float = 0.0  # of the sum over layers of the MSE of hidden states, per sequence as in the paper: 10
     teacher: Literal["live", "cached"] = "live"
     top_k: int = 64  # logits a token in the cache
+    distinct_tokens: int | None = None  # then the same text again; None: ever new text
     checkpoint_minutes: float = 5.0
     report_to: str = "none"  # tensorboard, trackio: as in transformers.TrainingArguments
 
@@ -106,6 +105,10 @@ class RunConfig:
             value = getattr(getattr(self, section) if section else self, key)
             if value <= 0:
                 raise BimosError(f"{name}={value}: must be positive")
+        if self.distill.teacher == "cached" and self.tokens is None and self.distill.distinct_tokens is None:
+            raise BimosError("distill.teacher=cached: say how much text to cache, with --set distill.distinct_tokens=N or --tokens N")
+        if self.distill.teacher == "cached" and self.distill.hidden_weight:
+            raise BimosError("distill.teacher=cached holds logits only; set distill.hidden_weight=0 or distill.teacher=live")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def load_model(model: str | Path, dtype: torch.dtype | str = "auto") -> PreTrain
 
 
 def load_teacher(model: str | Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Any]:
-    """Teacher and tokenizer. 32-bit teachers are taken in bfloat16 unless `dtype` says otherwise.
+    """Teacher and tokenizer, in bfloat16 unless `dtype` says otherwise: what the matrix units of CPUs and GPUs share.
 
     Raises:
         BimosError: it cannot be loaded, is quantized already, or has no linears to convert.
@@ -102,10 +102,7 @@ def load_teacher(model: str | Path, dtype: torch.dtype | None = None) -> tuple[P
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and not str(model).endswith(".gguf"):
         raise BimosError(f"'{model}' is quantized already; start from the original model")
-    teacher = load_model(model, dtype or "auto")
-    if dtype is None and teacher.dtype not in (torch.bfloat16, torch.float16):
-        teacher = teacher.to(torch.bfloat16)
-        teacher.config.dtype = torch.bfloat16
+    teacher = load_model(model, dtype or torch.bfloat16)
     convertible_linears(teacher)
     teacher.requires_grad_(False)
     return teacher, load_tokenizer(model)

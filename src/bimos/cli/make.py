@@ -63,14 +63,14 @@ def quantize(
         values |= {"tokens": tokens, "minutes": minutes}  # a budget given here replaces the file's, in whichever unit
     given = {"method": method, "data": data, "embedding_bits": embedding_bits, "seed": seed}
     values |= {key: value for key, value in given.items() if value is not None}
-    run_config = RunConfig.from_dict(values, str(config) if config else "options")
+    run_config = RunConfig.from_dict(values, str(config) if config else "options") if values or not resume else None
 
     quiet()
     from bimos.quantize import plan, run
 
     out = console(json)
     if dry_run or output is None:
-        result = plan(model, run_config)
+        result = plan(model, run_config or RunConfig())
         show.plan(out, result)
     else:
         texts = show.split(ppl)

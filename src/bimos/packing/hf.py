@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.configuration_utils import PretrainedConfig
+from transformers.modeling_utils import PreTrainedModel, remove_tied_weights_from_state_dict
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -166,6 +166,8 @@ def attach(model: Any, config: BimosConfig) -> None:
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The dense model of this config on the meta device: the names, shapes and ties of the original."""
+    from transformers import AutoModelForCausalLM  # not at the top: this module may be imported while transformers is
+
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

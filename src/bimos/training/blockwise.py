@@ -78,9 +78,8 @@ def reconstruct_blocks(
         else:
             start = time.monotonic()
             left = None if seconds is None else (seconds - worked) / (len(blocks) - index)
-            targets = advance(block, call, stream, size)
+            targets = advance(block, call, stream, size, out=stream)
             entry = _reconstruct(trainable, local, call, student_stream, targets, method, config, index, left, start, progress)
-            stream = targets
             entry["seconds"] = time.monotonic() - start
             trained = {name: tensor for name, tensor in trainable.state_dict().items() if _is_trained(trainable, name)}
             save_tensors(trained, path, {key: repr(value) for key, value in entry.items()})

@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bimos.errors import BimosError
-from bimos.training.tokencache import Cursor, random_generator
+from bimos.training.tokencache import Cursor, digest, random_generator
 
 KEY_VALUE_BYTES = 2**30  # of the generation's cache, which limits the batch
 MAX_BATCH = 32
@@ -64,7 +64,9 @@ class SelfSamples:
             "source": "self",
             "teacher": teacher_digest(teacher),
             "sequence_length": sequence_length,
+            "seed": seed,
             "batch": self.batch,
+            "vocabulary": digest([self.vocabulary, self.bos, self.ordinary]),
             "ends": sorted(self.ends),
             "chat": self.chat,
         }
@@ -180,12 +182,12 @@ def chat_turns(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> list[list[
 
 def teacher_digest(teacher: PreTrainedModel) -> str:
     """Stands for the teacher's weights: 64 values of every parameter, in their dtype's precision."""
-    digest = hashlib.sha256()
+    sha = hashlib.sha256()
     for name, parameter in teacher.named_parameters():
         values = parameter.detach().flatten()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(values[:: max(1, values.numel() // 64)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:20]
+        sha.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        sha.update(values[:: max(1, values.numel() // 64)].float().cpu().numpy().tobytes())
+    return sha.hexdigest()[:20]
 
 
 def _end_tokens(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -29,6 +29,30 @@ from bimos.training.teacher import TopKCache, hidden_states, logit_head
 COMPLETE = "complete.json"
 
 
+class NumberedWindows(Dataset):
+    """`{"input_ids": [T], "window": []}`: windows of a stream in order, each with its number.
+
+    After `distinct` windows the same ones come again, every pass in another order, so that a cache of what the teacher says pays.
+    """
+
+    def __init__(self, windows: Dataset, count: int, distinct: int | None, seed: int) -> None:
+        self._windows, self._count, self._distinct, self._seed = windows, count, distinct, seed
+        self._pass, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        number = index
+        if self._distinct is not None and index >= self._distinct:
+            turn, place = divmod(index, self._distinct)
+            if turn != self._pass:
+                generator = torch.Generator().manual_seed(self._seed * 1_000_003 + turn)
+                self._pass, self._order = turn, torch.randperm(self._distinct, generator=generator)
+            number = int(self._order[place])
+        return {"input_ids": self._windows[number]["input_ids"], "window": torch.tensor(number)}
+
+
 class Distillation(nn.Module):
     """Student and loss in one module, so that whatever wraps a model (DDP, FSDP) wraps the whole computation."""
 
@@ -55,7 +79,7 @@ class Distillation(nn.Module):
             if found is not None and self._cache is not None:
                 head = logit_head(teacher)
                 found = [entry or self._cache.put(int(number), row, head) for number, entry, row in zip(window, found, last, strict=True)]
-        with torch.autocast(input_ids.device.type, torch.bfloat16):
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=_is_bfloat16(student)):
             mine, student_states = hidden_states(student, input_ids, every)
             if found is not None:
                 pairs = [entry for entry in found if entry is not None]
@@ -67,6 +91,10 @@ class Distillation(nn.Module):
             if every:
                 loss = loss + config.hidden_weight / input_ids.shape[1] * hidden_state_loss(student_states, states)
         return {"loss": loss}
+
+
+def _is_bfloat16(model: nn.Module) -> bool:
+    return model.get_input_embeddings().weight.dtype == torch.bfloat16  # type: ignore[operator]
 
 
 class _Clock(TrainerCallback):

@@ -1,0 +1,274 @@
+"""From a teacher to a packed checkpoint: the three stages, their budget, and picking up where a killed run stopped.
+
+While a run works, its state lies in the folder `work` of the output directory: `run.json` (what was asked for), the token
+cache, one file per finished block and the distillation's checkpoints. It is deleted once the checkpoint is in place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedModel
+
+from bimos.config import RunConfig
+from bimos.errors import BimosError
+from bimos.evaluation.perplexity import perplexity
+from bimos.evaluation.report import write_report
+from bimos.evaluation.texts import load_text
+from bimos.evaluation.versions import provenance, write_json
+from bimos.methods import MethodConfig, method_config
+from bimos.models import convertible_linears, empty_model, load_config, load_teacher, load_tokenizer
+from bimos.packing.checkpoint import check_output, save_packed
+from bimos.packing.embedding import quantize_embeddings
+from bimos.packing.hf import pack_model
+from bimos.packing.sizes import size_report
+from bimos.training.blockwise import load_blocks, reconstruct_blocks
+from bimos.training.budget import Budget
+from bimos.training.data import TokenStream
+from bimos.training.estimate import peak_memory
+from bimos.training.memory import peak_bytes, reset_peak
+from bimos.training.progress import Progress
+from bimos.training.student import uninitialised_student
+from bimos.training.teacher import TopKCache
+from bimos.training.trainer import NumberedWindows, distill
+
+WORK = "work"
+DEFAULT_MINUTES = 60.0
+ENDLESS = 10**9  # windows of a stage whose end the clock decides
+
+
+def plan(model: str | Path, config: RunConfig) -> dict[str, Any]:
+    """Size of the result and peak memory of every stage, from the model's config alone.
+
+    Raises:
+        BimosError: no such model or method, or a model that cannot be binarized.
+    """
+    method = method_config(config.method, config.options)
+    empty = empty_model(load_config(model))
+    names = convertible_linears(empty, config.skip)
+    sizes = size_report(empty, layout=method.packed_layout, converted=list(names), embedding_bits=config.embedding_bits)
+    return {"model": str(model), "method": config.method, **sizes, "peak_memory_bytes": peak_memory(empty, config)}
+
+
+def quantize(
+    model: str | Path | PreTrainedModel, method: MethodConfig, *, data: str, tokenizer: Any = None, console: Console | None = None, **options: Any
+) -> PreTrainedModel:
+    """Binarize a model in memory: `bimos.quantize(model, BinaryMoSConfig(num_experts=4), data="wiki.txt", minutes=30)`.
+
+    Args:
+        model: Hub id, directory, `.gguf` file, or a loaded model, which is left as it is.
+        method: which method, with its options.
+        data: see `bimos.training.sources`.
+        tokenizer: of a loaded model; by default the one found under the model's name.
+        options: fields of `RunConfig`, such as `tokens`, `minutes`, `seed`, `distill={"lr_latent": 1e-3}`.
+
+    Returns:
+        The packed model, ready for `generate` and `save_pretrained`.
+
+    Raises:
+        BimosError: see `run`.
+    """
+    config = RunConfig.from_dict({"method": method.name, "options": method.to_dict(), "data": data, **options}, "bimos.quantize")
+    if isinstance(model, PreTrainedModel):
+        teacher, tokenizer = model, tokenizer or load_tokenizer(model.name_or_path)
+        convertible_linears(teacher, config.skip)
+    else:
+        teacher, found = load_teacher(model)
+        tokenizer = tokenizer or found
+    with tempfile.TemporaryDirectory(prefix="bimos-") as work:
+        student, _ = _train(teacher, tokenizer, config, Path(work), console)
+    return pack_model(student, method=config.method, options=config.options, embedding_bits=config.embedding_bits, dtype=teacher.dtype)
+
+
+def run(
+    model: str | Path,
+    output: str | Path,
+    config: RunConfig | None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    evaluate: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Binarize `model` into the directory `output`; the work behind `bimos quantize`.
+
+    Args:
+        config: None with `resume` continues with the config that the run was started with.
+        evaluate: texts on which to measure the perplexity of teacher and student (see `bimos.evaluation.texts`).
+
+    Returns:
+        The result as in the JSON of `bimos quantize`; also left as `result.json` and `report.html` in `output`.
+
+    Raises:
+        BimosError: bad input, an output that may not be written, or a run to resume that is not there or is another.
+    """
+    began = time.monotonic()
+    output = Path(output).expanduser()
+    work = output / WORK
+    if config is None and resume:
+        config = RunConfig.from_dict(_read_run(output)["config"], str(work / "run.json"))
+    config = dataclasses.replace(config or RunConfig())
+    if config.tokens is None and config.minutes is None:
+        config.minutes = DEFAULT_MINUTES
+    method = method_config(config.method, config.options)
+    if not config.data:
+        raise BimosError("no training text: give --data a txt, jsonl or parquet file, a Hub dataset, or 'self'")
+    for name in evaluate:
+        load_text(name)  # before the work, not after it
+    if resume:
+        _check_same_run(output, _read_run(output), str(model), config)
+    else:
+        check_output(output, overwrite)
+    teacher, tokenizer = load_teacher(model)
+    facts = {"model": str(model), "weights": _fingerprint(teacher), "config": config.to_dict()}
+    if resume and _read_run(output)["weights"] != facts["weights"]:
+        raise BimosError(f"'{model}' has other weights than the run in '{output}' was started with; start anew with --overwrite")
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(work / "run.json", facts)
+    student, stages = _train(teacher, tokenizer, config, work, console, started=began)
+
+    quality: dict[str, Any] = {}
+    student = pack_model(student, method=config.method, options=method.to_dict(), embedding_bits=16, dtype=teacher.dtype)
+    change = _embedding_change(student, tokenizer, evaluate, config.embedding_bits)
+    with Progress(console) as progress:
+        for name in evaluate:
+            text = load_text(name)
+            for role, subject in (("value", student), ("teacher", teacher)):
+                progress.begin(f"perplexity of {text.label}, {'student' if role == 'value' else 'teacher'}", 1)
+                measured = perplexity(subject, tokenizer, text, progress=lambda done, total, _: progress.set(done / total))
+                quality.setdefault(name, measured.to_dict() if role == "value" else {})
+                quality[name][role] = measured.value
+    card = {
+        "base_model": str(model),
+        "recipe": {key: value for key, value in config.to_dict().items() if key in ("data", "sequence_length", "seed", "initialise", "blocks", "distill")},
+        "budget": {stage["name"]: f"{stage['tokens']:,} tokens, {stage['seconds'] / 60:.1f} minutes" for stage in stages},
+        "perplexity": quality,
+        "versions": provenance()["versions"],
+    }
+    save_packed(student, tokenizer, output, overwrite=True, card=card)
+    result = {
+        "model": str(model),
+        "method": config.method,
+        "config": config.to_dict(),
+        **size_report(output),
+        "stages": stages,
+        "perplexity": quality,
+        **change,
+        **provenance(),
+        "seconds": time.monotonic() - began,
+    }
+    write_json(output / "result.json", result)
+    write_report(output / "report.html", result)
+    shutil.rmtree(work, ignore_errors=True)
+    return result
+
+
+def _train(
+    teacher: PreTrainedModel, tokenizer: Any, config: RunConfig, work: Path, console: Console | None, started: float | None = None
+) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
+    """The three stages; everything that survives a restart lies in `work`. Returns the trained student and the stages' reports."""
+    started = time.monotonic() if started is None else started
+    method = method_config(config.method, config.options)
+    length = config.sequence_length
+    stream = TokenStream(config.data, tokenizer, length, config.seed, work / "tokens", teacher=teacher)
+    calibration = _whole_batches(config.blocks.tokens // length, config.blocks.batch_size)
+    if not config.blocks.enabled:
+        calibration = max(1, config.initialise.sequences)
+    with Progress(console) as progress:
+        progress.begin("reading text", 1)
+        stream.prepare(calibration, lambda done, total: progress.set(done / max(total, 1)))
+        windows = stream.batch(0, calibration)
+        total = None if config.minutes is None else 60 * config.minutes
+        overhead = time.monotonic() - started
+        share = config.blocks.share if config.distill.enabled else 1.0
+        seconds = total * share if total is not None and config.blocks.enabled else None
+        report = reconstruct_blocks(teacher, windows, method, config, work / "blocks", progress, seconds)
+        student = uninitialised_student(teacher, method, config.skip)
+        load_blocks(student, work / "blocks")
+        stages = [report]
+        if config.distill.enabled:
+            reset_peak()
+            budget = Budget(tokens=config.tokens) if total is None else Budget(seconds=max(1.0, total - report["seconds"] - overhead))
+            steps = config.distill.batch_size * config.distill.accumulate
+            count = ENDLESS if config.tokens is None else _whole_batches(-(-config.tokens // length), steps)
+            again = config.distill.distinct_tokens
+            distinct = None if again is None else _whole_batches(-(-again // length), steps)
+            cache = None
+            if config.distill.teacher == "cached":
+                cache = TopKCache(work / "logits", distinct or count, length, config.distill.top_k, teacher.config.vocab_size)
+            data = NumberedWindows(stream.as_dataset(calibration, count), count, distinct, config.seed)
+            report = distill(student, teacher, data, length, config.distill, budget, work / "distill", progress, cache, config.seed)
+            stages.append({**report, "peak_memory_bytes": peak_bytes()})
+    return student, stages  # type: ignore[return-value]
+
+
+def _whole_batches(windows: int, batch: int) -> int:
+    """The next multiple of the batch: no stage sees a batch of another size."""
+    return batch * max(1, -(-windows // batch))
+
+
+def _embedding_change(student: PreTrainedModel, tokenizer: Any, evaluate: Sequence[str], bits: int) -> dict[str, Any]:
+    """Take the embeddings to `bits`, in place, and say what that did to the perplexity of the first text's first windows."""
+    if bits == 16:
+        return {}
+    before = perplexity(student, tokenizer, load_text(evaluate[0]), windows=8) if evaluate else None
+    quantize_embeddings(student)
+    student.config.quantization_config.embedding_bits = bits
+    if before is None:
+        return {}
+    after = perplexity(student, tokenizer, load_text(evaluate[0]), windows=8)
+    return {"embedding": {"bits": bits, "windows": before.windows, "perplexity_16_bits": before.value, "perplexity": after.value}}
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """A digest of names, shapes and a few values of every parameter: tells one model from another in milliseconds."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        picked = values[:: max(1, len(values) // 16)].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + picked.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_run(output: Path) -> dict[str, Any]:
+    path = output / WORK / "run.json"
+    if not path.exists():
+        done = " (the run there is finished)" if (output / "result.json").exists() else ""
+        raise BimosError(f"nothing to resume in '{output}'{done}; start without --resume")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise BimosError(f"'{path}' is damaged; start anew with --overwrite") from None
+
+
+def _check_same_run(output: Path, known: dict[str, Any], model: str, config: RunConfig) -> None:
+    if known["model"] != model:
+        raise BimosError(f"the run in '{output}' is of model '{known['model']}', not '{model}'; name that model, or use --overwrite")
+    before, now = _flat(known["config"]), _flat(json.loads(json.dumps(config.to_dict())))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise BimosError(
+                f"the run in '{output}' was started with {key}={before.get(key)}, now it is {now.get(key)}; give the same options (none: they are remembered) or use --overwrite"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+__all__ = ["plan", "quantize", "run"]

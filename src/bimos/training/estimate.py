@@ -1,0 +1,44 @@
+"""What a run will take: peak memory of each stage, from shapes alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from bimos.config import RunConfig
+from bimos.models import convertible_linears, decoder_blocks
+from bimos.training.losses import CHUNK_BYTES
+
+RUNTIME = 450 * 2**20  # Python, torch and transformers, before any model
+LATENT = 4 * 4  # float32 latent, gradient and two Adam moments
+SIGNS = 2 + 2  # bfloat16 signs, kept for the backward pass, and their gradient
+
+
+def peak_memory(model: nn.Module, config: RunConfig) -> dict[str, int]:
+    """Bytes at the peak of each stage that the config asks for.
+
+    The teacher is held in 16 bits. Stage 2 adds one block in training and two streams of hidden states; stage 3 adds every
+    block in training and the activations of a step. Activations are counted per linear (input, scaled input, both scales,
+    product: what autograd keeps), in 16 bits.
+
+    Args:
+        model: may be on the meta device.
+    """
+    linears = convertible_linears(model, config.skip)
+    _, blocks = decoder_blocks(model)
+    weights = 2 * sum(p.numel() for p in model.parameters())
+    latent = sum(m.weight.numel() for m in linears.values())
+    settings: Any = model.config
+    hidden = settings.hidden_size
+    kept = sum(2 * (3 * m.in_features + 3 * m.out_features) for m in linears.values())  # bytes a token
+    kept += len(blocks) * 2 * 12 * hidden  # norms, residuals, attention
+    per_block_step = kept // len(blocks) * config.blocks.batch_size * config.sequence_length
+    streams = 2 * 2 * hidden * max(config.blocks.tokens, config.blocks.batch_size * config.sequence_length)
+    stages = {"blocks": RUNTIME + weights + (LATENT + SIGNS) * latent // len(blocks) + streams + per_block_step}
+    if config.distill.enabled:
+        step = config.distill.batch_size * config.sequence_length
+        state = (LATENT if config.distill.train == "all" else 4) + SIGNS
+        states = 2 * 2 * hidden * len(blocks) * step if config.distill.hidden_weight else 0
+        stages["distill"] = RUNTIME + weights + state * latent + kept * step + states + 6 * CHUNK_BYTES
+    return stages
