@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ def assert_refused(result: Result, *fragments: str) -> None:
 
 def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def raise_it(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    return raise_it
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +96,15 @@ def test_a_mixture_of_experts_is_refused(tmp_path: Path, text_file: Path) -> Non
     assert_refused(run(*quantize(tmp_path / "moe", tmp_path / "out", text_file)), "mixture-of-experts")
 
 
-def test_inputs_that_do_not_fill_bytes_are_refused(tmp_path: Path) -> None:
-    LlamaForCausalLM(LlamaConfig(**TINY | {"intermediate_size": 44})).save_pretrained(tmp_path / "odd")
-    assert_refused(run("quantize", tmp_path / "odd", "--dry-run"), "in_features=44", "multiple of 8")
+def test_inputs_that_do_not_fill_bytes_are_refused(tmp_path: Path, teacher_directory: Path, text_file: Path) -> None:
+    odd = tmp_path / "odd"
+    LlamaForCausalLM(LlamaConfig(**TINY | {"intermediate_size": 44})).save_pretrained(odd)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(teacher_directory / name, odd)
+    for arguments in (["quantize", odd, "--dry-run"], quantize(odd, tmp_path / "out", text_file)):
+        assert_refused(run(*arguments), "in_features=44", "multiple of 8")
+    assert not (tmp_path / "out").exists()
+    assert run(*quantize(odd, tmp_path / "out", text_file, "--set", "skip=[down_proj]")).exit_code == 0  # the mend that it names
 
 
 @pytest.mark.parametrize(
@@ -133,6 +147,7 @@ def test_data_that_is_not_there(
     monkeypatch.chdir(tmp_path)
     Path("blank.txt").write_text(" \n\n \n")
     assert_refused(run(*quantize(teacher_directory, tmp_path / "out", data)), *fragments)
+    assert not (tmp_path / "out").exists()  # or the next try, with the right name, is refused
 
 
 def test_no_data(teacher_directory: Path, tmp_path: Path) -> None:
@@ -167,16 +182,25 @@ def test_an_output_directory_that_is_not_empty_is_left_alone(teacher_directory: 
     assert contents(tmp_path / "thesis") == {"chapter.txt": b"two years of work"}
 
 
-def test_resuming_another_run_is_refused(quantized: Path, teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
-    before = contents(quantized)
-    changed = quantize(teacher_directory, quantized, text_file, "--resume", "--set", "distill.lr_latent=0.5")
-    assert_refused(run(*changed), "distill.lr_latent")
+def test_an_interrupted_run_resumes_and_no_other_takes_its_place(
+    teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(import_module("bimos.quantize"), "save_packed", raising(KeyboardInterrupt()))
+        result = run(*quantize(teacher_directory, output, text_file))
+    assert result.exit_code == 130 and result.stderr.endswith("interrupted; run again with --resume\n")
+    before = contents(output)
+    assert_refused(run(*quantize(teacher_directory, output, text_file, "--resume", "--set", "distill.lr_latent=0.5")), "distill.lr_latent")
     other = tmp_path / "other-model"
     LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained(other)
-    shutil.copy(teacher_directory / "tokenizer.json", other)
-    shutil.copy(teacher_directory / "tokenizer_config.json", other)
-    assert_refused(run(*quantize(other, quantized, text_file, "--resume")), "other-model")
-    assert contents(quantized) == before
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(teacher_directory / name, other)
+    assert_refused(run("quantize", other, "-o", output, "--resume"), "other-model", "tiny-llama")
+    assert_refused(run(*quantize(teacher_directory, output, text_file)), "not empty")
+    assert contents(output) == before
+    assert run("quantize", teacher_directory, "-o", output, "--resume").exit_code == 0  # its options are remembered
+    assert run("generate", output, "--prompt", "The river", "--max-new-tokens", 2).exit_code == 0
 
 
 @pytest.mark.parametrize("command", ["unpack", "convert"])
@@ -241,10 +265,7 @@ def test_damaged_checkpoints_are_refused(damage: Callable[[Path], None], fragmen
 
 
 def replace_perplexity(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    def raise_it(*arguments: Any, **options: Any) -> None:
-        raise error
-
-    monkeypatch.setattr("bimos.evaluation.perplexity.perplexity", raise_it)
+    monkeypatch.setattr("bimos.evaluation.perplexity.perplexity", raising(error))
 
 
 @pytest.mark.parametrize(

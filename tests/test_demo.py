@@ -9,11 +9,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from bimos.demo import Asset, articles, fetch, prepare, split_articles
+from bimos.cli import app
+from bimos.demo import Asset, Assets, articles, fetch, prepare, split_articles
 from bimos.errors import BimosError
 
 BODY = b"a thousand bytes\n" * 60
+QUICK = {"sequence_length": 32, "initialise": {"sequences": 4}, "blocks": {"tokens": 256, "epochs": 1}, "distill": {"batch_size": 2}}
 
 
 @pytest.fixture
@@ -95,3 +98,21 @@ def test_prepare_writes_both_parts_once(monkeypatch: pytest.MonkeyPatch, index: 
     changed = {path: path.stat().st_mtime_ns for path in (tmp_path / "assets").iterdir()}
     assert prepare(tmp_path / "assets") == assets
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "assets").iterdir()} == changed
+
+
+def test_the_whole_demonstration_on_a_tiny_model(
+    monkeypatch: pytest.MonkeyPatch, teacher_directory: Path, text: str, tmp_path: Path
+) -> None:
+    assets = Assets(teacher_directory, tmp_path / "train.txt", tmp_path / "held-out.txt")
+    for path in (assets.train, assets.held_out):
+        path.write_text(text)
+    monkeypatch.setattr("bimos.demo.prepare", lambda folder: assets)
+    monkeypatch.setattr("bimos.demo.settings", lambda train, minutes: QUICK | {"data": str(train), "minutes": minutes})
+    shown = CliRunner().invoke(app, ["demo", "-o", str(tmp_path / "demo"), "--minutes", "0.05"])
+    assert shown.exit_code == 0, (shown.output, shown.exception)
+    for part in ("bits per body weight", "held-out.txt", "What is the capital of France?", "student:", "report.html"):
+        assert part in shown.stdout
+    model = tmp_path / "demo" / "model"
+    result = json.loads((model / "result.json").read_text())
+    assert result["perplexity"][str(assets.held_out)]["teacher"] > 0 and result["samples"]
+    assert result["samples"][0]["prompt"] in (model / "report.html").read_text()

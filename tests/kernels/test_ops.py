@@ -112,6 +112,18 @@ def test_input_gradient(case: tuple[Any, ...]) -> None:
         torch.testing.assert_close(got[:, j], (difference * grad).sum(-1), rtol=2e-2, atol=2e-2)
 
 
+def test_a_device_overrides_one_dispatch_key() -> None:
+    tensors = make(*CASES[0])
+    x = torch.randn(2, 24)
+    library = torch.library.Library("bimos", "IMPL")
+    library.impl("packed_linear", lambda x, weight, *rest: x.new_full((*x.shape[:-1], weight.shape[1]), 7), "CPU")
+    try:
+        assert (packed_linear(x, **tensors) == 7).all()
+    finally:
+        library._destroy()
+    assert (packed_linear(x, **tensors) != 7).any()
+
+
 def test_wrong_shapes_are_refused_while_tracing() -> None:
     tensors = make(*CASES[0])
     compiled = torch.compile(lambda x, t: packed_linear(x, **t), fullgraph=True, backend="aot_eager")

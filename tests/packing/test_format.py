@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bimos.errors import BimosError
@@ -18,6 +18,7 @@ def test_zero_is_plus_one_of_either_sign() -> None:
     assert pack_signs(torch.tensor([0.0, -0.0, 1, -1, 0.0, -0.0, 1e-30, -1e-30])).tolist() == [0b0111_0111]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 2**31), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 def test_round_trip(rows: int, groups: int, seed: int, dtype: torch.dtype) -> None:
     w = torch.randn(2, rows, 8 * groups, generator=torch.Generator().manual_seed(seed)).to(dtype)

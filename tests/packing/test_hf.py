@@ -122,6 +122,15 @@ def test_rotary_frequencies_are_computed_anew(packed: Make, tmp_path: Path) -> N
     assert torch.equal(loaded.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "phi"])
+def test_students_that_were_cast_as_a_whole(kind: str, student: Make, ids: Tensor, tmp_path: Path) -> None:
+    model = student(kind).to(torch.bfloat16)  # which rounds the rotary frequencies too
+    assert any(name.endswith("inv_freq") and b.dtype == torch.bfloat16 for name, b in model.named_buffers())
+    model = pack_model(model, method="any", options={})
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), logits(model, ids))
+
+
 def test_base_model_loads_without_its_head(packed: Make, ids: Tensor, tmp_path: Path) -> None:
     model = packed("mistral", embedding_bits=8, skip="q_proj", planes=2)
     model.save_pretrained(tmp_path)
@@ -138,6 +147,15 @@ def test_generates_and_ties_again(packed: Make, ids: Tensor, tmp_path: Path) -> 
     out = loaded.generate(ids, max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(ids))
     assert torch.equal(out, model.generate(ids, max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(ids)))
     assert isinstance(loaded.lm_head, TiedInt8Head) and loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_embeddings_that_training_untied(student: Make, ids: Tensor, tmp_path: Path) -> None:
+    for bits in (8, 16):
+        model = student("llama")
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * 2)
+        model = pack_model(model, method="any", options={}, embedding_bits=bits)
+        model.save_pretrained(tmp_path / str(bits))
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / str(bits)), ids), logits(model, ids))
 
 
 def test_keys_of_the_config_survive(packed: Make, tmp_path: Path) -> None:

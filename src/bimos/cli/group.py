@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import sys
@@ -57,17 +58,21 @@ def _disk_full(error: BaseException | None) -> bool:
 
 
 def quiet() -> None:
-    """No bars and advice about the insides of libraries. Call first in a command: transformers reads some at import."""
+    """No bars and advice about the insides of libraries; downloads from the Hub keep their bars, they can take an hour."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("always", category=UserWarning, module="bimos")
     warnings.showwarning = _show_warning
     import datasets
+    import huggingface_hub.utils
     import transformers
+    from transformers import modeling_gguf_pytorch_utils
 
-    transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()  # and the Hub's with them
+    huggingface_hub.utils.enable_progress_bars()
+    modeling_gguf_pytorch_utils.tqdm = functools.partial(modeling_gguf_pytorch_utils.tqdm, disable=True)  # it asks no setting
     datasets.utils.logging.set_verbosity_error()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -58,12 +58,13 @@ def quantize(
         raise BimosError("where to? give an output directory with -o DIR (or --dry-run)")
     if resume and overwrite:
         raise BimosError("--resume continues what is in the output directory, --overwrite replaces it: give one of them")
-    values: dict[str, Any] = override(read_yaml(config) if config else {}, assignments or [])
-    if tokens is not None or minutes is not None:
-        values |= {"tokens": tokens, "minutes": minutes}  # a budget given here replaces the file's, in whichever unit
-    given = {"method": method, "data": data, "embedding_bits": embedding_bits, "seed": seed}
-    values |= {key: value for key, value in given.items() if value is not None}
-    run_config = RunConfig.from_dict(values, str(config) if config else "options") if values or not resume else None
+    given = {"method": method, "data": data, "embedding_bits": embedding_bits, "seed": seed, "tokens": tokens, "minutes": minutes}
+    given = {key: value for key, value in given.items() if value is not None}
+    if "tokens" in given or "minutes" in given:
+        given = {"tokens": None, "minutes": None} | given  # a budget given here replaces the file's, in whichever unit
+    values = override(read_yaml(config) if config else {}, assignments or []) | given
+    # An interrupted run remembers its options: without any here, it goes on with those.
+    run_config = None if resume and not values else RunConfig.from_dict(values, str(config) if config else "options")
 
     quiet()
     from bimos.quantize import plan, run
@@ -155,5 +156,5 @@ def demo(
         for name in ("teacher", "student"):
             out.print(f"{name}: {sample[name]}", markup=False)
     out.rule()
-    out.print(f"model:  {output / 'model'}\nreport: {output / 'report.html'}\nnext:   bimos chat {output / 'model'}")
+    out.print(f"model:  {output / 'model'}\nreport: {output / 'model' / 'report.html'}\nnext:   bimos chat {output / 'model'}")
     write_result(json, result)

@@ -6,11 +6,14 @@ entry-point group `bimos.methods`.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
+from typing import Any
 
+from bimos.config import build
 from bimos.errors import BimosError
 from bimos.methods.base import _REGISTRY, InputStatistics, MethodConfig, StoredTensor, TrainableLinear, register
 
@@ -31,18 +34,17 @@ def available_methods() -> dict[str, type[MethodConfig]]:
     return dict(sorted(_REGISTRY.items()))
 
 
-def method_config(name: str, options: dict | None = None) -> MethodConfig:
+def method_config(name: str, options: dict[str, Any] | None = None) -> MethodConfig:
     """The config of method `name` with `options` set.
 
     Raises:
-        BimosError: no such method, or it has no such option.
+        BimosError: no such method, it has no such option, or the option no such value.
     """
     methods = available_methods()
     if name not in methods:
         raise BimosError(f"unknown method '{name}'; known methods: {', '.join(methods)}")
-    try:
-        return methods[name](**(options or {}))
-    except TypeError:
-        fields = ", ".join(methods[name].__dataclass_fields__)
-        unknown = ", ".join(sorted(set(options or {}) - set(methods[name].__dataclass_fields__)))
-        raise BimosError(f"method '{name}' has no option '{unknown}'; its options: {fields}") from None
+    known = {field.name for field in dataclasses.fields(methods[name])}
+    unknown = sorted(set(options or {}) - known)
+    if unknown:
+        raise BimosError(f"method '{name}' has no option '{', '.join(unknown)}'; its options: {', '.join(sorted(known)) or 'none'}")
+    return build(methods[name], options or {}, f"method '{name}'")

@@ -45,6 +45,7 @@ class BinaryMoSLinear(TrainableLinear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: Any, statistics: InputStatistics, generator: torch.Generator) -> Self:
+        config.packed_layout(linear.in_features, linear.out_features, False)  # refuses shapes that do not fit
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, config).to(linear.weight.device)
         weight = linear.weight.detach().float()
         experts = config.num_experts
@@ -130,6 +131,10 @@ class BinaryMoSConfig(MethodConfig):
     def __post_init__(self) -> None:
         if self.num_experts < 1:
             raise BimosError(f"num_experts={self.num_experts}: BinaryMoS needs at least one expert")
+        if self.iterations < 0:
+            raise BimosError(f"iterations={self.iterations}: must be 0 or more")
+        if self.latent_magnitude is not None and self.latent_magnitude <= 0:
+            raise BimosError(f"latent_magnitude={self.latent_magnitude}: must be positive, or null for the teacher's weights as they are")
 
     def packed_layout(self, in_features: int, out_features: int, bias: bool) -> dict[str, StoredTensor]:
         require_multiple_of_8(in_features)
@@ -166,7 +171,8 @@ def _cluster(sample: Tensor, experts: int, generator: torch.Generator) -> _Clust
     labels = (points @ centres.T).argmax(-1)
     for expert in range(experts):
         if not (labels == expert).any():
-            labels[(points @ centres[expert]).argmax()] = expert
+            shared = labels.bincount(minlength=experts)[labels] > 1  # taking one of these leaves no other cluster empty
+            labels[(points @ centres[expert]).masked_fill(~shared, -torch.inf).argmax()] = expert
     # No bias term exists, so what all centres share is taken out; the spread makes gates soft at the start.
     router = centres - centres.mean(0)
     spread = (sample @ router.T).std().clamp_min(1e-6)

@@ -27,5 +27,6 @@ class OneBitConfig(BinaryMoSConfig):
     num_experts: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_experts != 1:
             raise BimosError(f"num_experts={self.num_experts}: onebit has one; with more it is binarymos")

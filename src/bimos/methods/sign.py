@@ -86,13 +86,17 @@ class SignConfig(MethodConfig):
 
     group_size: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.group_size is not None and self.group_size < 1:
+            raise BimosError(f"group_size={self.group_size}: must be positive, or null for the whole row")
+
     def packed_layout(self, in_features: int, out_features: int, bias: bool) -> dict[str, StoredTensor]:
         require_multiple_of_8(in_features)
         layout = {"weight": StoredTensor((1, out_features, in_features // 8), torch.uint8)}
         if self.group_size is None:
             layout["scale_out"] = StoredTensor((1, 1, out_features), torch.float16)
         else:
-            if self.group_size < 1 or in_features % self.group_size:
+            if in_features % self.group_size:
                 raise BimosError(f"group_size={self.group_size} does not divide in_features={in_features}; choose a divisor of it")
             layout["scale_group"] = StoredTensor((1, out_features, in_features // self.group_size), torch.float16)
         if bias:

@@ -91,7 +91,7 @@ def convert(source: str | Path, directory: str | Path, *, embedding_bits: int = 
     if zeros:
         warnings.warn(f"{zeros} of {weights} latents of '{source}' are exactly 0; they are stored as +1", stacklevel=2)
     options = {"num_experts": experts}
-    config.quantization_config = describe(model, method="binarymos", options=options, embedding_bits=16)
+    config.quantization_config = describe(model, method="binarymos", options=options, embedding_bits=16).to_dict()
     tensors.update((name, t) for name, t in model.state_dict().items() if name.rpartition(".")[0] in linears)
     model = _materialise(source, config, tensors, torch.float16)
     model = pack_model(model, method="binarymos", options=options, embedding_bits=embedding_bits)

@@ -150,18 +150,22 @@ def quantize_embeddings(model: Any) -> list[str]:
     tied = False
     if head is not None:
         replaced.append(names[id(head)])
-        # While transformers loads, ties are not made yet, only declared.
-        tied = head.weight is embedding.weight or f"{replaced[1]}.weight" in model.all_tied_weights_keys
+        if embedding.weight.device.type == "meta":  # while transformers loads, ties are declared and not made yet
+            tied = f"{replaced[1]}.weight" in model.all_tied_weights_keys
+        else:
+            tied = head.weight is embedding.weight
+            # A loader has nothing but the config to go by.
+            model.config.get_text_config(decoder=True).tie_word_embeddings = model.config.tie_word_embeddings = tied
     new = _int8_embedding(embedding)
     model.set_submodule(replaced[0], new)
     if head is None:
         return replaced
     bias = None if head.bias is None else head.bias.detach().to(torch.float16)
     model.set_submodule(replaced[1], TiedInt8Head(new, bias) if tied else Int8Head(*quantize_rows(head.weight), bias))
-    if tied:
-        # Two parameters are tied by transformers; one that is there only once must not be.
-        model._tied_weights_keys = {k: v for k, v in (model._tied_weights_keys or {}).items() if not k.startswith(replaced[1] + ".")}
-        model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if not k.startswith(replaced[1] + ".")}
+    # What transformers ties are two parameters; here one is there only once, or both stand for themselves.
+    for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+        ties = getattr(model, attribute) or {}
+        setattr(model, attribute, {target: source for target, source in ties.items() if not target.startswith(replaced[1] + ".")})
     return replaced
 
 

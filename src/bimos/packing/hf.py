@@ -227,8 +227,8 @@ def pack_model(
     if dtype is not None:
         for parameter in model.parameters():  # not model.to(): that would round the rotary frequencies too
             parameter.data = parameter.data.to(dtype)
+    _restore_rotary(model)
     if embedding_bits == 8:
-        _declare_ties(model)
         quantize_embeddings(model)
     config = describe(model, method=method, options=options, embedding_bits=embedding_bits)
     config.card = dict(card or {})
@@ -236,11 +236,9 @@ def pack_model(
     return model.eval()
 
 
-def _declare_ties(model: PreTrainedModel) -> None:
-    """Make the config say whether embedding and head are one tensor: a loader has nothing else to go by."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is not None:
-        tied = head.weight is embedding.weight
-        model.config.get_text_config(decoder=True).tie_word_embeddings = model.config.tie_word_embeddings = tied
-        if not tied:
-            model.all_tied_weights_keys = {}
+def _restore_rotary(model: Any) -> None:
+    """Compute rotary frequencies anew where a cast of the whole model has rounded them: no checkpoint stores them."""
+    for module in model.modules():
+        if hasattr(module, "original_inv_freq") and module.inv_freq.dtype != torch.float32:
+            module.inv_freq, module.original_inv_freq = module.inv_freq.float(), module.original_inv_freq.float()
+            model._init_weights(module)

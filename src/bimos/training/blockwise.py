@@ -77,7 +77,7 @@ def reconstruct_blocks(
             advance(block, call, stream, size, out=stream)
         else:
             start = time.monotonic()
-            left = None if seconds is None else (seconds - worked) / (len(blocks) - index)
+            left = None if seconds is None else max(0.0, (seconds - worked) / (len(blocks) - index))
             targets = advance(block, call, stream, size, out=stream)
             entry = _reconstruct(trainable, local, call, student_stream, targets, method, config, index, left, start, progress)
             entry["seconds"] = time.monotonic() - start
@@ -129,9 +129,9 @@ def _reconstruct(
     if not names or not options.enabled:
         error = _error(block, call, inputs, targets, size)
         return {"loss_first": error, "loss_last": error, "tokens": 0.0}
-    optimizer = build_optimizer(block, {"latent": options.lr_latent, "scale": options.lr_scale}, (0.9, 0.95), 0.0)
+    optimizer = build_optimizer(block, {"latent": options.lr_latent, "scale": options.lr_scale, "router": options.lr_router}, (0.9, 0.95), 0.0)
     total = options.epochs * len(inputs) * length
-    budget = Budget(tokens=None if seconds else total, seconds=seconds)
+    budget = Budget(tokens=total if seconds is None else None, seconds=seconds)
     budget.spent_seconds = time.monotonic() - start
     budget.start()
     losses: list[float] = []
@@ -151,6 +151,8 @@ def _reconstruct(
             progress.tick(size * length, loss=losses[-1])
             if budget.progress() >= 1:
                 break
+    if not losses:  # the start took all the time
+        losses.append(_error(block, call, inputs, targets, size))
     tail = max(1, len(losses) // 10)
     return {"loss_first": losses[0], "loss_last": sum(losses[-tail:]) / tail, "tokens": float(budget.spent_tokens)}
 

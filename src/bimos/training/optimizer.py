@@ -9,12 +9,12 @@ from bimos.methods.base import TrainableLinear
 
 
 def trained_parameters(model: nn.Module, norms: bool = False) -> dict[str, list[nn.Parameter]]:
-    """Parameters by role: `latent`, `scale` (scales, routers, biases) and, when asked for, `norm`."""
-    groups: dict[str, list[nn.Parameter]] = {"latent": [], "scale": [], "norm": []}
+    """Parameters by role: `latent`, `scale` (biases too), `router` and, when asked for, `norm`."""
+    groups: dict[str, list[nn.Parameter]] = {"latent": [], "scale": [], "router": [], "norm": []}
     for module in model.modules():
         if isinstance(module, TrainableLinear):
             for role, parameters in module.roles().items():
-                groups["latent" if role == "latent" else "scale"] += parameters
+                groups["scale" if role == "bias" else role] += parameters
         elif norms and "norm" in type(module).__name__.lower():
             groups["norm"] += list(module.parameters(recurse=False))
     return groups

@@ -30,26 +30,30 @@ COMPLETE = "complete.json"
 
 
 class NumberedWindows(Dataset):
-    """`{"input_ids": [T], "window": []}`: windows of a stream in order, each with its number.
+    """`{"input_ids": [T], "window": []}`: windows of a stream, each with its number, shuffled within stretches.
 
-    After `distinct` windows the same ones come again, every pass in another order, so that a cache of what the teacher says pays.
+    Neighbours in a stream come from one document; a small batch of neighbours would be a batch of one document.
+    After `distinct` windows the same ones come again in another order, so that a cache of what the teacher says pays.
     """
 
+    STRETCH = 256
+
     def __init__(self, windows: Dataset, count: int, distinct: int | None, seed: int) -> None:
-        self._windows, self._count, self._distinct, self._seed = windows, count, distinct, seed
-        self._pass, self._order = -1, torch.empty(0, dtype=torch.long)
+        self._windows, self._count, self._distinct, self._seed = windows, count, distinct or count, seed
+        self._key: tuple[int, int] = (-1, -1)
+        self._order = torch.empty(0, dtype=torch.long)
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        number = index
-        if self._distinct is not None and index >= self._distinct:
-            turn, place = divmod(index, self._distinct)
-            if turn != self._pass:
-                generator = torch.Generator().manual_seed(self._seed * 1_000_003 + turn)
-                self._pass, self._order = turn, torch.randperm(self._distinct, generator=generator)
-            number = int(self._order[place])
+        turn, place = divmod(index, self._distinct)
+        stretch, offset = divmod(place, self.STRETCH)
+        if self._key != (turn, stretch):
+            generator = torch.Generator().manual_seed(((self._seed * 1_000_003 + turn) * 1_000_003 + stretch) % 2**63)
+            self._key = (turn, stretch)
+            self._order = torch.randperm(min(self.STRETCH, self._distinct - stretch * self.STRETCH), generator=generator)
+        number = stretch * self.STRETCH + int(self._order[offset])
         return {"input_ids": self._windows[number]["input_ids"], "window": torch.tensor(number)}
 
 
@@ -208,7 +212,11 @@ def distill(
     Returns:
         The stage's report, without its peak memory.
     """
-    rates = {"scale": config.lr_scale, **({"latent": config.lr_latent} if config.train == "all" else {}), **({"norm": config.lr_scale} if config.train_norms else {})}
+    rates = {"scale": config.lr_scale, "router": config.lr_router}
+    if config.train == "all":
+        rates["latent"] = config.lr_latent
+    if config.train_norms:
+        rates["norm"] = config.lr_scale
     optimizer = build_optimizer(student, rates, (config.beta1, config.beta2), config.weight_decay)
     scheduler = LambdaLR(optimizer, lambda _: schedule(config.schedule, config.warmup, budget.progress()))
     tokens_per_step = config.batch_size * config.accumulate * sequence_length

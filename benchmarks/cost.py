@@ -1,0 +1,122 @@
+"""What training costs on this machine: tokens/s and peak memory of block reconstruction and of end-to-end distillation, and
+where their time goes.
+
+    python benchmarks/cost.py MODEL --data FILE -o benchmarks/results/cost.json
+
+Each stage runs in a process of its own, so that its peak is its own: once untouched for speed and memory, once under the profiler for
+shares. Same teacher, text, batch (4 x 512 by default) and optimizer (AdamW, float32 states) in both stages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bimos.config import RunConfig
+from bimos.evaluation.versions import provenance, write_json
+from bimos.methods import method_config
+from bimos.models import decoder_blocks, load_teacher
+from bimos.training.blockwise import reconstruct_blocks
+from bimos.training.budget import Budget
+from bimos.training.data import TokenStream
+from bimos.training.memory import peak_bytes, reset_peak
+from bimos.training.progress import Progress
+from bimos.training.student import uninitialised_student
+from bimos.training.trainer import NumberedWindows, distill
+
+FEW_BLOCKS = 4  # of block reconstruction; blocks cost the same
+
+
+class Stopwatch(Progress):
+    """Times every step."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.stamps: list[tuple[float, float]] = []
+
+    def tick(self, tokens: float, loss: float | None = None) -> None:
+        import time
+
+        self.stamps.append((time.perf_counter(), tokens))
+
+    def tokens_per_second(self, skip: int) -> float:
+        """Median over steps, the first `skip` and pauses between blocks left out."""
+        pairs = list(zip(self.stamps[skip:], self.stamps[skip + 1 :], strict=False))
+        return statistics.median(tokens / (t1 - t0) for (t0, _), (t1, tokens) in pairs)
+
+
+def measure(stage: str, arguments: argparse.Namespace, profiled: bool) -> dict[str, Any]:
+    teacher, tokenizer = load_teacher(arguments.model)
+    length, batch = arguments.length, arguments.batch
+    config = RunConfig(sequence_length=length)
+    config.blocks.batch_size = config.distill.batch_size = batch
+    config.blocks.epochs, config.distill.checkpoint_minutes = 1, 1e9
+    method = method_config(config.method)
+    watch = Stopwatch()
+    profiler = torch.profiler.profile() if profiled else None
+    with tempfile.TemporaryDirectory() as name:
+        stream = TokenStream(arguments.data, tokenizer, length, 0, Path(name) / "tokens")
+        if stage == "blocks":
+            _, blocks = decoder_blocks(teacher)
+            windows = stream.batch(0, batch * arguments.steps)
+            del blocks[FEW_BLOCKS:]
+            reset_peak()
+            if profiler:
+                profiler.start()
+            reconstruct_blocks(teacher, windows, method, config, Path(name) / "blocks", watch, None)
+        else:
+            student = uninitialised_student(teacher, method, [])
+            count = batch * arguments.steps
+            reset_peak()
+            if profiler:
+                profiler.start()
+            data = NumberedWindows(stream.as_dataset(0, count), count, None, 0)
+            distill(student, teacher, data, length, config.distill, Budget(tokens=count * length), Path(name) / "distill", watch)
+    result: dict[str, Any] = {"tokens_per_second": watch.tokens_per_second(2), "peak_memory_bytes": peak_bytes(), "steps": len(watch.stamps)}
+    if profiler:
+        profiler.stop()
+        events = profiler.key_averages()
+        total = sum(event.self_cpu_time_total for event in events)
+        ranked = sorted(events, key=lambda event: -event.self_cpu_time_total)[:15]
+        result = {"share_of_time": {event.key: round(event.self_cpu_time_total / total, 4) for event in ranked}}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--stage", choices=("blocks", "distill"), help=argparse.SUPPRESS)
+    parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.stage:
+        print(json.dumps(measure(arguments.stage, arguments, arguments.profiled)))
+        return
+    result: dict[str, Any] = {"model": arguments.model, "batch": arguments.batch, "sequence_length": arguments.length, "threads": torch.get_num_threads()}
+    for stage in ("blocks", "distill"):
+        result[stage] = {}
+        for extra in ([], ["--profiled"]):
+            command = [sys.executable, __file__, *sys.argv[1:], "--stage", stage, *extra]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            result[stage] |= json.loads(done.stdout.strip().splitlines()[-1])
+        print(stage, json.dumps(result[stage], indent=2), flush=True)
+    result["memory_ratio"] = result["distill"]["peak_memory_bytes"] / result["blocks"]["peak_memory_bytes"]
+    print(f"memory: distillation takes {result['memory_ratio']:.2f} times what block reconstruction takes")
+    if arguments.output:
+        write_json(arguments.output, result | provenance())
+
+
+if __name__ == "__main__":
+    main()

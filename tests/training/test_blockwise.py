@@ -1,0 +1,173 @@
+"""Block reconstruction: every block gets better, inputs are the student's own, and finished work is not done again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bimos.config import RunConfig
+from bimos.methods import method_config
+from bimos.models import convertible_linears
+from bimos.training.blockwise import block_file, load_blocks, reconstruct_blocks
+from bimos.training.losses import relative_error
+from bimos.training.progress import Progress
+from bimos.training.student import trainable_layers, uninitialised_student
+
+BLOCKS = 3
+METHOD = method_config("binarymos", {"num_experts": 2})
+
+
+def teacher(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": BLOCKS, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, max_position_embeddings=64)).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:  # so that what a block adds to its input counts
+            parameter.data *= 1.0 if "embed" in name else 4.0
+    return model.to(dtype).requires_grad_(False)
+
+
+@pytest.fixture
+def windows() -> Tensor:
+    return torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(1))
+
+
+def config(**blocks: Any) -> RunConfig:
+    quick = {"tokens": 128, "epochs": 12, "batch_size": 4, "lr_latent": 0.02, "lr_scale": 0.002}
+    return RunConfig.from_dict({"sequence_length": 16, "initialise": {"sequences": 8}, "blocks": quick | blocks})
+
+
+def reconstruct(directory: Path, windows: Tensor, run: RunConfig | None = None, seconds: float | None = None, **of: Any) -> dict[str, Any]:
+    return reconstruct_blocks(of.get("model") or teacher(), windows, METHOD, run or config(), directory, Progress(None), seconds)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_block_gets_better(tmp_path: Path, windows: Tensor, dtype: torch.dtype) -> None:
+    report = reconstruct(tmp_path, windows, model=teacher(dtype))
+    assert report["name"] == "blocks" and report["tokens"] == 12 * 8 * 16
+    assert report["seconds"] > 0 and report["tokens_per_second"] > 0 and report["peak_memory_bytes"] > 2**20
+    for entry in report["blocks"]:
+        assert entry["loss_last"] < 0.9 * entry["loss_first"], entry
+    assert report["loss_last"] < report["loss_first"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"block-{i:03d}.safetensors" for i in range(BLOCKS)]
+
+
+def test_the_teacher_is_left_as_it_is(tmp_path: Path, windows: Tensor) -> None:
+    model = teacher()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    reconstruct(tmp_path, windows, model=model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not list(trainable_layers(model)) and not any(p.requires_grad or p.grad is not None for p in model.parameters())
+
+
+def states(model: torch.nn.Module, windows: Tensor) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return model(windows, output_hidden_states=True).hidden_states  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_inputs_are_the_students_and_targets_the_teachers(tmp_path: Path, windows: Tensor, epochs: int) -> None:
+    """The error that block 1 reports is that of the whole student up to there."""
+    model = teacher()
+    run = config(epochs=epochs, lr_latent=1e-9, lr_scale=1e-9) if epochs else config(enabled=False)
+    report = reconstruct(tmp_path, windows, run, model=model)
+    student = uninitialised_student(model, METHOD, [])
+    load_blocks(student, tmp_path)
+    mine, theirs = (states(m, windows)[2] for m in (student, model))
+    per_batch = [relative_error(mine[rows], theirs[rows]).item() for rows in (slice(0, 4), slice(4, 8))]
+    expected = per_batch[0] if not epochs else sum(per_batch) / 2
+    assert report["blocks"][1]["loss_last"] == pytest.approx(expected, rel=0.5 if epochs else 1e-4)
+    assert report["tokens"] == epochs * 128
+
+
+def test_training_brings_the_whole_student_nearer(tmp_path: Path, windows: Tensor) -> None:
+    model = teacher()
+    errors = {}
+    for name, run in (("start", config(enabled=False)), ("trained", config())):
+        reconstruct(tmp_path / name, windows, run, model=model)
+        student = uninitialised_student(model, METHOD, [])
+        load_blocks(student, tmp_path / name)
+        errors[name] = relative_error(states(student, windows)[-1], states(model, windows)[-1]).item()
+    assert errors["trained"] < 0.8 * errors["start"]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("done", [0, 1, 2, 3])
+def test_resuming_gives_the_same_blocks(tmp_path: Path, windows: Tensor, done: int) -> None:
+    whole = reconstruct(tmp_path / "whole", windows)
+    torch.manual_seed(99)  # another process
+    (tmp_path / "resumed").mkdir()
+    for index in range(done):
+        block_file(tmp_path / "resumed", index).write_bytes(block_file(tmp_path / "whole", index).read_bytes())
+    (tmp_path / "resumed" / f"block-{done:03d}.safetensors.partial").write_bytes(b"half of a block")
+    report = reconstruct(tmp_path / "resumed", windows)
+    for a, b in zip(whole["blocks"], report["blocks"], strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+    assert [entry["seconds"] for entry in report["blocks"][:done]] == [entry["seconds"] for entry in whole["blocks"][:done]]
+    assert report["tokens"] == whole["tokens"]
+    first, second = (uninitialised_student(teacher(), METHOD, []) for _ in range(2))
+    load_blocks(first, tmp_path / "whole")
+    load_blocks(second, tmp_path / "resumed")
+    assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in first.state_dict().items())
+
+
+@pytest.mark.parametrize("seconds", [1e-6, 0.2])
+def test_a_budget_too_small_for_the_start_still_ends(tmp_path: Path, windows: Tensor, seconds: float) -> None:
+    report = reconstruct(tmp_path, windows, config(epochs=100_000), seconds)
+    assert len(report["blocks"]) == BLOCKS and len(contents(tmp_path)) == BLOCKS
+    assert report["tokens"] < 100_000 * 128
+    assert all(entry["loss_last"] > 0 for entry in report["blocks"])
+
+
+def test_epochs_end_a_budget_of_plenty(tmp_path: Path, windows: Tensor) -> None:
+    assert reconstruct(tmp_path, windows, config(epochs=2), 3600.0)["tokens"] == 2 * 128
+
+
+def test_what_is_skipped_stays_dense(tmp_path: Path, windows: Tensor) -> None:
+    run = config(epochs=1)
+    run.skip = ["down_proj", "layers.1.self_attn.q_proj"]
+    model = teacher()
+    reconstruct(tmp_path, windows, run, model=model)
+    student = uninitialised_student(model, METHOD, run.skip)
+    load_blocks(student, tmp_path)
+    names = {name for name, _ in trainable_layers(student)}
+    assert names == set(convertible_linears(model)) - {
+        *(f"model.layers.{i}.mlp.down_proj" for i in range(BLOCKS)),
+        "model.layers.1.self_attn.q_proj",
+    }
+    weights = (m.get_submodule("model.layers.1.self_attn.q_proj").weight for m in (student, model))
+    assert torch.equal(*weights)  # type: ignore[arg-type]
+
+
+def test_a_seed_decides(tmp_path: Path, windows: Tensor) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run = config(epochs=2)
+        run.seed = seed
+        losses = [{k: e[k] for k in ("loss_first", "loss_last")} for e in reconstruct(tmp_path / name, windows, run)["blocks"]]
+        (tmp_path / f"{name}.txt").write_text(repr(losses))
+    a, b, c = ((tmp_path / f"{name}.txt").read_text() for name in "abc")
+    assert a == b != c
+
+
+def test_statistics_are_used_only_when_asked_for(tmp_path: Path, windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def refuse(*arguments: Any) -> dict[str, Any]:
+        asked.append(1)
+        return {}
+
+    monkeypatch.setattr("bimos.training.blockwise.input_statistics", refuse)
+    run = config(epochs=1)
+    run.initialise.activation_aware = False
+    reconstruct(tmp_path / "blind", windows, run)
+    assert not asked
+    reconstruct(tmp_path / "aware", windows, config(epochs=1))
+    assert len(asked) == BLOCKS

@@ -1,0 +1,67 @@
+"""The memory estimate: what it depends on, and that it is not far from the truth where that can be checked cheaply."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from bimos.config import RunConfig
+from bimos.models import empty_model
+from bimos.training.estimate import RUNTIME, peak_memory
+
+LLAMA_7B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008, "vocab_size": 32000}
+SMOLLM2_135M = {
+    "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llama_7b() -> PreTrainedModel:
+    return empty_model(AutoConfig.for_model("llama", **LLAMA_7B))
+
+
+@pytest.fixture(scope="module")
+def small() -> PreTrainedModel:
+    return empty_model(AutoConfig.for_model("llama", **SMOLLM2_135M))
+
+
+def config(**changes: Any) -> RunConfig:
+    return RunConfig.from_dict(changes)
+
+
+def test_block_reconstruction_of_7b_is_one_block_and_two_streams(llama_7b: PreTrainedModel) -> None:
+    stages = peak_memory(llama_7b, config())
+    teacher = 2 * sum(p.numel() for p in llama_7b.parameters())
+    block = sum(p.numel() for p in llama_7b.model.layers[0].parameters())
+    streams = 2 * 2 * 4096 * 131_072
+    floor = teacher + 16 * block + streams
+    assert floor < stages["blocks"] < 1.5 * floor
+    body = 32 * block
+    assert stages["distill"] > teacher + 16 * body  # all of it in training state
+    assert stages["distill"] > 3 * stages["blocks"]
+
+
+def test_fewer_calibration_tokens_take_less(llama_7b: PreTrainedModel) -> None:
+    few, many = (peak_memory(llama_7b, config(blocks={"tokens": n}))["blocks"] for n in (65_536, 131_072))
+    assert many - few == 2 * 2 * 4096 * 65_536  # both streams, 16 bits
+
+
+def test_small_model_stays_three_times_below_full_training(small: PreTrainedModel) -> None:
+    stages = peak_memory(small, config(blocks={"batch_size": 4}))
+    assert stages["distill"] - RUNTIME > 3 * (stages["blocks"] - RUNTIME)
+
+
+def test_what_is_not_done_takes_nothing(small: PreTrainedModel) -> None:
+    everything = peak_memory(small, config())
+    assert "distill" not in peak_memory(small, config(distill={"enabled": False}))
+    assert peak_memory(small, config(distill={"train": "scales"}))["distill"] < everything["distill"]
+    assert peak_memory(small, config(distill={"hidden_weight": 10.0}))["distill"] > everything["distill"]
+    assert peak_memory(small, config(distill={"batch_size": 8}))["distill"] > everything["distill"]
+
+
+def test_nothing_is_allocated(llama_7b: PreTrainedModel) -> None:
+    assert {p.device for p in llama_7b.parameters()} == {torch.device("meta")}
