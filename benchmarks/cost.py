@@ -80,7 +80,11 @@ def measure(stage: str, arguments: argparse.Namespace, profiled: bool) -> dict[s
                 profiler.start()
             data = NumberedWindows(stream.as_dataset(0, count), count, None, 0)
             distill(student, teacher, data, length, config.distill, Budget(tokens=count * length), Path(name) / "distill", watch)
-    result: dict[str, Any] = {"tokens_per_second": watch.tokens_per_second(2), "peak_memory_bytes": peak_bytes(), "steps": len(watch.stamps)}
+    result: dict[str, Any] = {
+        "tokens_per_second": watch.tokens_per_second(2),
+        "peak_memory_bytes": peak_bytes(),
+        "steps": len(watch.stamps),
+    }
     if profiler:
         profiler.stop()
         events = profiler.key_averages()
@@ -104,7 +108,12 @@ def main() -> None:
     if arguments.stage:
         print(json.dumps(measure(arguments.stage, arguments, arguments.profiled)))
         return
-    result: dict[str, Any] = {"model": arguments.model, "batch": arguments.batch, "sequence_length": arguments.length, "threads": torch.get_num_threads()}
+    result: dict[str, Any] = {
+        "model": arguments.model,
+        "batch": arguments.batch,
+        "sequence_length": arguments.length,
+        "threads": torch.get_num_threads(),
+    }
     for stage in ("blocks", "distill"):
         result[stage] = {}
         for extra in ([], ["--profiled"]):

@@ -1,6 +1,6 @@
 """Sizes by `bimos quantize --dry-run`, from configs alone: LLaMA-2-7B and 13B and SmolLM2-135M, as in the papers' tables.
 
-    python benchmarks/sizes.py -o benchmarks/results/sizes.json
+python benchmarks/sizes.py -o benchmarks/results/sizes.json
 """
 
 from __future__ import annotations
@@ -55,9 +55,13 @@ def main() -> None:
             seconds = time.monotonic() - began
             peak = int(done.stderr.rsplit("PEAK", 1)[1])
             plan = json.loads(report.read_text())
-        kept = {key: plan[key] for key in ("total_bytes", "original_bytes", "compression", "body_bits_per_weight", "bits_per_parameter", "peak_memory_bytes")}
+        kept = {
+            key: plan[key]
+            for key in ("total_bytes", "original_bytes", "compression", "body_bits_per_weight", "bits_per_parameter", "peak_memory_bytes")
+        }
         models[name] = {"embedding_bits": bits, **kept, "dry_run": {"seconds": seconds, "peak_memory_bytes": peak}}
-        print(f"{name}: {plan['total_bytes'] / 1e9:.3f} GB, {plan['compression']:.2f}x, body {plan['body_bits_per_weight']:.3f} bits; {seconds:.1f} s, {peak / 2**20:.0f} MiB")
+        size, bits = plan["total_bytes"] / 1e9, plan["body_bits_per_weight"]
+        print(f"{name}: {size:.3f} GB, {plan['compression']:.2f}x, body {bits:.3f} bits; {seconds:.1f} s, {peak / 2**20:.0f} MiB")
     if arguments.output:
         write_json(arguments.output, {"models": models, **provenance()})
 

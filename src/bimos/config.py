@@ -102,7 +102,15 @@ class RunConfig:
                 raise BimosError(f"a budget of {value} {name} trains nothing; give --{name} a positive number")
         if self.tokens is not None and self.minutes is not None:
             raise BimosError("give a budget in --tokens or in --minutes, not both")
-        for name in ("sequence_length", "blocks.tokens", "blocks.epochs", "blocks.batch_size", "distill.batch_size", "distill.accumulate", "distill.top_k"):
+        for name in (
+            "sequence_length",
+            "blocks.tokens",
+            "blocks.epochs",
+            "blocks.batch_size",
+            "distill.batch_size",
+            "distill.accumulate",
+            "distill.top_k",
+        ):
             section, _, key = name.rpartition(".")
             value = getattr(getattr(self, section) if section else self, key)
             if value <= 0:

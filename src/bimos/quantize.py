@@ -61,7 +61,13 @@ def plan(model: str | Path, config: RunConfig) -> dict[str, Any]:
 
 
 def quantize(
-    model: str | Path | PreTrainedModel, method: MethodConfig, *, data: str, tokenizer: Any = None, console: Console | None = None, **options: Any
+    model: str | Path | PreTrainedModel,
+    method: MethodConfig,
+    *,
+    data: str,
+    tokenizer: Any = None,
+    console: Console | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """Binarize a model in memory: `bimos.quantize(model, BinaryMoSConfig(num_experts=4), data="wiki.txt", minutes=30)`.
 
@@ -152,7 +158,11 @@ def run(
                 quality[name][role] = measured.value
     card = {
         "base_model": str(model),
-        "recipe": {key: value for key, value in config.to_dict().items() if key in ("data", "sequence_length", "seed", "initialise", "blocks", "distill")},
+        "recipe": {
+            key: value
+            for key, value in config.to_dict().items()
+            if key in ("data", "sequence_length", "seed", "initialise", "blocks", "distill")
+        },
         "budget": {stage["name"]: f"{stage['tokens']:,} tokens, {stage['seconds'] / 60:.1f} minutes" for stage in stages},
         "perplexity": quality,
         "versions": provenance()["versions"],
@@ -261,7 +271,8 @@ def _check_same_run(output: Path, known: dict[str, Any], model: str, config: Run
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             raise BimosError(
-                f"the run in '{output}' was started with {key}={before.get(key)}, now it is {now.get(key)}; give the same options (none: they are remembered) or use --overwrite"
+                f"the run in '{output}' was started with {key}={before.get(key)}, now it is {now.get(key)}; "
+                "give the same options (none: they are remembered) or use --overwrite"
             )
 
 

@@ -123,4 +123,6 @@ def require_multiple_of_8(in_features: int) -> None:
         BimosError: `in_features` is not a multiple of 8.
     """
     if in_features % 8:
-        raise BimosError(f"a linear with in_features={in_features} cannot be packed: planes need a multiple of 8; exclude it with --set skip=[...]")
+        raise BimosError(
+            f"a linear with in_features={in_features} cannot be packed: planes need a multiple of 8; exclude it with --set skip=[...]"
+        )

@@ -44,7 +44,9 @@ class SignLinear(TrainableLinear):
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, config).to(linear.weight.device)
         weight = linear.weight.detach().float()
         with torch.no_grad():
-            layer.scale.copy_(weight.abs().mean(1) if config.group_size is None else weight.abs().unflatten(1, (-1, config.group_size)).mean(-1))
+            layer.scale.copy_(
+                weight.abs().mean(1) if config.group_size is None else weight.abs().unflatten(1, (-1, config.group_size)).mean(-1)
+            )
             layer.weight.copy_(weight)
             if layer.bias is not None:
                 layer.bias.copy_(linear.bias)

@@ -129,7 +129,9 @@ def _reconstruct(
     if not names or not options.enabled:
         error = _error(block, call, inputs, targets, size)
         return {"loss_first": error, "loss_last": error, "tokens": 0.0}
-    optimizer = build_optimizer(block, {"latent": options.lr_latent, "scale": options.lr_scale, "router": options.lr_router}, (0.9, 0.95), 0.0)
+    optimizer = build_optimizer(
+        block, {"latent": options.lr_latent, "scale": options.lr_scale, "router": options.lr_router}, (0.9, 0.95), 0.0
+    )
     total = options.epochs * len(inputs) * length
     budget = Budget(tokens=total if seconds is None else None, seconds=seconds)
     budget.spent_seconds = time.monotonic() - start

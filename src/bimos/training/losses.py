@@ -26,7 +26,9 @@ class _ChunkedKL(torch.autograd.Function):
     """Mean over tokens of `KL(teacher || student)`. The gradient is made chunk by chunk along with the value."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: Head, targets: Callable[[slice], tuple[Tensor, Tensor | None]], vocabulary: int, temperature: float) -> Tensor:  # type: ignore[override]
+    def forward(
+        ctx, hidden: Tensor, head: Head, targets: Callable[[slice], tuple[Tensor, Tensor | None]], vocabulary: int, temperature: float
+    ) -> Tensor:  # type: ignore[override]
         rows, count = chunk_rows(vocabulary), hidden.shape[0]
         gradient = torch.empty_like(hidden)
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -75,7 +77,9 @@ def _kl(student: Tensor, target: Tensor, index: Tensor | None, temperature: floa
     return value, slope.scatter_(-1, index, chosen.exp() - probability)
 
 
-def kl_from_hidden(student: Tensor, teacher: Tensor, student_head: Head, teacher_head: Head, vocabulary: int, temperature: float = 1.0) -> Tensor:
+def kl_from_hidden(
+    student: Tensor, teacher: Tensor, student_head: Head, teacher_head: Head, vocabulary: int, temperature: float = 1.0
+) -> Tensor:
     """Mean per token of `KL(teacher || student)` without ever holding the logits of all tokens.
 
     Args:

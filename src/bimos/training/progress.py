@@ -41,7 +41,13 @@ class Progress:
         self._recent.clear()
         self._tokens, self._loss, self._eta = 0.0, math.nan, None
         if self._console is not None and self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"), TimeElapsedColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeElapsedColumn(),
+            )
             whole = columns if total > 1 else (columns[0], columns[1], *columns[3:])
             self._bar = RichProgress(*whole, console=self._console)
             self._bar.start()

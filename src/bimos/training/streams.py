@@ -96,7 +96,9 @@ def advance(block: nn.Module, call: BlockCall, stream: Tensor, size: int, out: T
     return out
 
 
-def input_statistics(block: nn.Module, names: list[str], call: BlockCall, stream: Tensor, size: int, sequences: int) -> dict[str, InputStatistics]:
+def input_statistics(
+    block: nn.Module, names: list[str], call: BlockCall, stream: Tensor, size: int, sequences: int
+) -> dict[str, InputStatistics]:
     """Second moments and samples of what the linears `names` of `block` get to see on the stream's first `sequences`."""
     moments: dict[str, Tensor] = {}
     samples: dict[str, list[Tensor]] = {name: [] for name in names}

@@ -62,7 +62,10 @@ class TopKCache:
         needed = self.windows * self.length * self.k * (2 + index_dtype.itemsize)
         available = os.statvfs(self.directory)
         if not about.exists() and needed > available.f_bavail * available.f_frsize:
-            raise BimosError(f"the logit cache needs {needed / 2**30:.1f} GiB in '{self.directory}', which has less; lower distill.top_k or use distill.teacher=live")
+            raise BimosError(
+                f"the logit cache needs {needed / 2**30:.1f} GiB in '{self.directory}', which has less; "
+                "lower distill.top_k or use distill.teacher=live"
+            )
         self._value = self._open("values.bin", np.dtype(np.float16), shape)
         self._index = self._open("indices.bin", index_dtype, shape)
         self._filled = self._open("filled.bin", np.dtype(np.uint8), (self.windows,))

@@ -236,7 +236,14 @@ def distill(
         seed=seed,
     )
     clock = _Clock(budget, tokens_per_step, config.checkpoint_minutes, progress)
-    trainer = DistillTrainer(clock, Distillation(student, teacher, config, cache), arguments, train_dataset=dataset, optimizers=(optimizer, scheduler), callbacks=[clock])
+    trainer = DistillTrainer(
+        clock,
+        Distillation(student, teacher, config, cache),
+        arguments,
+        train_dataset=dataset,
+        optimizers=(optimizer, scheduler),
+        callbacks=[clock],
+    )
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(callback)
