@@ -55,6 +55,7 @@ class DistillConfig:
     clip: float = 1.0
     temperature: float = 1.0
     hidden_weight: float = 0.0  # of the sum over layers of the MSE of hidden states, per sequence as in the paper: 10
+    relative_weight: float = 0.0  # of the mean over layers of the error of hidden states relative to their norm
     teacher: Literal["live", "cached"] = "live"
     top_k: int = 64  # logits a token in the cache
     distinct_tokens: int | None = None  # then the same text again; None: ever new text
@@ -117,8 +118,8 @@ class RunConfig:
                 raise BimosError(f"{name}={value}: must be positive")
         if self.distill.teacher == "cached" and self.tokens is None and self.distill.distinct_tokens is None:
             raise BimosError("distill.teacher=cached: say how much text to cache, with --set distill.distinct_tokens=N or --tokens N")
-        if self.distill.teacher == "cached" and self.distill.hidden_weight:
-            raise BimosError("distill.teacher=cached holds logits only; set distill.hidden_weight=0 or distill.teacher=live")
+        if self.distill.teacher == "cached" and (self.distill.hidden_weight or self.distill.relative_weight):
+            raise BimosError("distill.teacher=cached holds logits only; set hidden_weight and relative_weight to 0 or distill.teacher=live")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from bimos.config import DistillConfig
+from bimos.errors import BimosError
 from bimos.training.budget import Budget, schedule
-from bimos.training.losses import hidden_state_loss, kl_from_hidden, kl_from_top_k
+from bimos.training.losses import hidden_state_loss, kl_from_hidden, kl_from_top_k, relative_error
 from bimos.training.optimizer import build_optimizer
 from bimos.training.progress import Progress
 from bimos.training.student import load_tensors, save_tensors
@@ -39,7 +40,7 @@ class NumberedWindows(Dataset):
     STRETCH = 256
 
     def __init__(self, windows: Dataset, count: int, distinct: int | None, seed: int) -> None:
-        self._windows, self._count, self._distinct, self._seed = windows, count, distinct or count, seed
+        self._windows, self._count, self._distinct, self._seed = windows, count, min(distinct or count, count), seed
         self._key: tuple[int, int] = (-1, -1)
         self._order = torch.empty(0, dtype=torch.long)
 
@@ -67,11 +68,15 @@ class Distillation(nn.Module):
         self._config, self._cache = config, cache
         self.config = student.config  # the Trainer looks here
 
+    def train(self, mode: bool = True) -> Self:
+        """Never: a student that drops units (OPT's config asks for it) cannot say what its teacher says."""
+        return super().train(False)
+
     def forward(self, input_ids: Tensor, window: Tensor) -> dict[str, Tensor]:
         """Loss per token of `input_ids [B, T]`; `window [B]` are the windows' numbers in the token stream."""
         config, student, teacher = self._config, self.student, self._teacher[0]
         vocabulary = student.config.vocab_size  # type: ignore[union-attr]
-        every = config.hidden_weight > 0
+        every = config.hidden_weight > 0 or config.relative_weight > 0
         student_head = logit_head(student)
         states: tuple[Tensor, ...] = ()
         last: Tensor | None = None
@@ -92,7 +97,10 @@ class Distillation(nn.Module):
             else:
                 assert teacher is not None and last is not None
                 loss = kl_from_hidden(mine, last, student_head, logit_head(teacher), vocabulary, config.temperature)
-            if every:
+            if config.relative_weight:
+                errors = [relative_error(state, target) for state, target in zip(student_states, states, strict=True)]
+                loss = loss + config.relative_weight * torch.stack(errors).mean()
+            if config.hidden_weight:
                 loss = loss + config.hidden_weight / input_ids.shape[1] * hidden_state_loss(student_states, states)
         return {"loss": loss}
 
@@ -140,11 +148,11 @@ class DistillTrainer(Trainer):
         loss = model(**inputs)["loss"]
         self._pending.append(loss.item())
         if not torch.isfinite(loss):
-            raise FloatingPointError("the loss is not finite; lower distill.lr_latent and distill.lr_scale and run again with --resume")
+            raise BimosError("the loss is not finite; lower distill.lr_latent and distill.lr_scale and start again with --overwrite")
         if len(self._pending) == self.args.gradient_accumulation_steps:
             self._clock.step(sum(self._pending) / len(self._pending))
             self._pending.clear()
-        return (loss / self.args.gradient_accumulation_steps, {}) if return_outputs else loss / self.args.gradient_accumulation_steps
+        return (loss, {}) if return_outputs else loss  # the Trainer divides it by the steps that it accumulates
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]  # the stream is shuffled already
