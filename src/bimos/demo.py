@@ -74,7 +74,7 @@ class Assets:
 def run(folder: Path, minutes: float, console: Console | None = None) -> dict[str, Any]:
     """Assets, a binarized model, its evaluation beside the teacher's, samples of both and a report, all in `folder`.
 
-    An interrupted run is continued; after a finished one, a new one takes its place.
+    An interrupted run with the same options is continued; otherwise a new one takes the place of what is there.
 
     Args:
         minutes: of training, all stages together.
@@ -84,14 +84,13 @@ def run(folder: Path, minutes: float, console: Console | None = None) -> dict[st
         The result of `bimos.quantize.run` and `samples`, as `result.json` and `report.html` beside the model have it.
 
     Raises:
-        BimosError: the assets cannot be had, or a run with other options was interrupted here.
+        BimosError: the assets cannot be had, or `folder` cannot be written.
     """
     from bimos.config import RunConfig
     from bimos.evaluation.generation import compare_samples
     from bimos.evaluation.report import write_report
     from bimos.evaluation.versions import write_json
     from bimos.models import load_model, load_teacher
-    from bimos.quantize import WORK
     from bimos.quantize import run as quantize
 
     if console is not None:
@@ -99,19 +98,25 @@ def run(folder: Path, minutes: float, console: Console | None = None) -> dict[st
     assets = prepare(folder / "assets")
     model = folder / "model"
     config = RunConfig.from_dict(settings(assets.train, minutes), "demo")
-    interrupted = (model / WORK / "run.json").exists()
-    result = quantize(
-        *(str(assets.teacher), model, config),
-        resume=interrupted,
-        overwrite=not interrupted,
-        console=console,
-        evaluate=[str(assets.held_out)],
-    )
+    resume = _interrupted(model, config.to_dict())
+    evaluate = [str(assets.held_out)]
+    result = quantize(str(assets.teacher), model, config, resume=resume, overwrite=not resume, console=console, evaluate=evaluate)
     teacher, tokenizer = load_teacher(assets.teacher)
     result["samples"] = compare_samples(teacher, load_model(model), tokenizer)
     write_json(model / "result.json", result)
     write_report(model / "report.html", result)
     return result
+
+
+def _interrupted(model: Path, config: dict[str, Any]) -> bool:
+    """Whether an unfinished run with exactly this config lies in `model`."""
+    from bimos.quantize import WORK
+
+    try:
+        known = json.loads((model / WORK / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(known["config"] == json.loads(json.dumps(config)))
 
 
 def settings(train: Path, minutes: float) -> dict[str, Any]:

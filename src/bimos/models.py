@@ -87,8 +87,8 @@ def load_model(model: str | Path, dtype: torch.dtype | str = "auto") -> PreTrain
         raise _explain(model, error) from error
     if extra and hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config
-        loaded.is_quantized = False
-        loaded.hf_quantizer = None
+        loaded.is_quantized = False  # type: ignore[assignment]
+        loaded.hf_quantizer = None  # type: ignore[assignment]
     return loaded.eval()
 
 

@@ -86,7 +86,7 @@ def quantize(
     """
     config = RunConfig.from_dict({"method": method.name, "options": method.to_dict(), "data": data, **options}, "bimos.quantize")
     if isinstance(model, PreTrainedModel):
-        teacher, tokenizer = model, tokenizer or load_tokenizer(model.name_or_path)
+        teacher, tokenizer = model, tokenizer or load_tokenizer(str(model.name_or_path))
         convertible_linears(teacher, config.skip)
     else:
         teacher, found = load_teacher(model)

@@ -84,27 +84,27 @@ def model() -> nn.Sequential:
 
 def test_roles_get_their_rates_and_the_rest_is_frozen() -> None:
     network = model()
-    optimizer = build_optimizer(network, {"latent": 1e-2, "scale": 1e-3, "norm": 1e-4}, (0.9, 0.95), 0.1)
+    optimizer = build_optimizer(network, {"latent": 1e-2, "scale": 1e-3, "router": 2e-3, "norm": 1e-4}, (0.9, 0.95), 0.1)
     layer = network[2]
     assert isinstance(layer, TrainableLinear)
     facts = {group["role"]: (group["lr"], group["weight_decay"], len(group["params"])) for group in optimizer.param_groups}
-    assert facts == {"latent": (1e-2, 0.1, 1), "scale": (1e-3, 0.0, 4), "norm": (1e-4, 0.0, 2)}
+    assert facts == {"latent": (1e-2, 0.1, 1), "scale": (1e-3, 0.0, 3), "router": (2e-3, 0.0, 1), "norm": (1e-4, 0.0, 2)}
     assert {name for name, p in network.named_parameters() if p.requires_grad} == {
         "1.weight", "1.bias", "2.weight", "2.scale_in", "2.scale_out", "2.router", "2.bias",
     }  # fmt: skip
     assert network[1].weight.dtype == torch.float32  # a step in bfloat16 would round to nothing
     set_rate(optimizer, 0.5)
-    assert [group["lr"] for group in optimizer.param_groups] == [5e-3, 5e-4, 5e-5]
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-3, 5e-4, 1e-3, 5e-5]
     set_rate(optimizer, 1.0)  # of the base rate, not of the last one
-    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-3, 1e-4]
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-3, 2e-3, 1e-4]
 
 
 def test_scales_alone() -> None:
     network = model()
     build_optimizer(network, {"scale": 1e-3}, (0.9, 0.95), 0.0)
-    assert {name for name, p in network.named_parameters() if p.requires_grad} == {"2.scale_in", "2.scale_out", "2.router", "2.bias"}
+    assert {name for name, p in network.named_parameters() if p.requires_grad} == {"2.scale_in", "2.scale_out", "2.bias"}
 
 
 def test_every_trainable_parameter_has_a_group() -> None:
     groups = trained_parameters(model(), norms=True)
-    assert {role: len(parameters) for role, parameters in groups.items()} == {"latent": 1, "scale": 4, "norm": 2}
+    assert {role: len(parameters) for role, parameters in groups.items()} == {"latent": 1, "scale": 3, "router": 1, "norm": 2}

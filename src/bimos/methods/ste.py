@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,13 +16,13 @@ class SignSTE(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, weight: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(weight)
         plus = torch.ones((), dtype=dtype, device=weight.device)
         return torch.where(weight >= 0, plus, -plus)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
         return grad * (weight.abs() < 1), None
 

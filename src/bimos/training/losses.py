@@ -8,6 +8,7 @@ Losses here are per token; `hidden_weight` is the paper's number and is divided 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ class _ChunkedKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, head: Head, targets: Callable[[slice], tuple[Tensor, Tensor | None]], vocabulary: int, temperature: float
-    ) -> Tensor:  # type: ignore[override]
+        ctx: Any, hidden: Tensor, head: Head, targets: Callable[[slice], tuple[Tensor, Tensor | None]], vocabulary: int, temperature: float
+    ) -> Tensor:
         rows, count = chunk_rows(vocabulary), hidden.shape[0]
         gradient = torch.empty_like(hidden)
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -47,7 +48,7 @@ class _ChunkedKL(torch.autograd.Function):
         return total * (temperature**2 / count)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None, None, None, None
 

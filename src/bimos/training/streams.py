@@ -54,7 +54,7 @@ def capture(model: nn.Module, windows: Tensor) -> tuple[Tensor, list[BlockCall]]
     hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     try:
         with torch.no_grad():
-            model.base_model(input_ids=windows, use_cache=False)  # type: ignore[operator, union-attr]
+            model.base_model(input_ids=windows, use_cache=False)  # type: ignore[operator]
     finally:
         for hook in hooks:
             hook.remove()
@@ -73,7 +73,7 @@ def embed(model: nn.Module, windows: Tensor) -> Tensor:
     hook = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with torch.no_grad():
-            model.base_model(input_ids=windows, use_cache=False)  # type: ignore[operator, union-attr]
+            model.base_model(input_ids=windows, use_cache=False)  # type: ignore[operator]
     except _Stop:
         pass
     finally:

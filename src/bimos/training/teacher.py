@@ -18,7 +18,7 @@ from bimos.training.losses import chunk_rows
 
 def hidden_states(model: nn.Module, input_ids: Tensor, every: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Last hidden state behind the final norm `[B, T, d]`, and with `every` the states behind each block (`hidden_states[1:]`)."""
-    output = model.base_model(input_ids=input_ids, use_cache=False, output_hidden_states=every)  # type: ignore[operator, union-attr]
+    output = model.base_model(input_ids=input_ids, use_cache=False, output_hidden_states=every)  # type: ignore[operator]
     return output.last_hidden_state, tuple(output.hidden_states[1:]) if every else ()
 
 

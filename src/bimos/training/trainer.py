@@ -75,7 +75,7 @@ class Distillation(nn.Module):
     def forward(self, input_ids: Tensor, window: Tensor) -> dict[str, Tensor]:
         """Loss per token of `input_ids [B, T]`; `window [B]` are the windows' numbers in the token stream."""
         config, student, teacher = self._config, self.student, self._teacher[0]
-        vocabulary = student.config.vocab_size  # type: ignore[union-attr]
+        vocabulary: int = student.config.vocab_size  # type: ignore[union-attr, assignment]
         every = config.hidden_weight > 0 or config.relative_weight > 0
         student_head = logit_head(student)
         states: tuple[Tensor, ...] = ()
