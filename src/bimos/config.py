@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -26,13 +28,13 @@ class BlocksConfig:
     """Stage 2: reconstruct each decoder block from the student's own inputs."""
 
     enabled: bool = True
-    tokens: int = 131_072  # calibration tokens, streamed through every block
+    tokens: int = 49_152  # calibration tokens, streamed through every block
     epochs: int = 2
-    batch_size: int = 8  # sequences
-    lr_latent: float = 1.0e-2
+    batch_size: int = 4  # sequences
+    lr_latent: float = 4.0e-3
     lr_scale: float = 1.0e-3
     lr_router: float = 1.0e-4
-    share: float = 0.25  # of a budget given in minutes
+    share: float = 0.2  # of a budget given in minutes
 
 
 @dataclasses.dataclass
@@ -40,10 +42,10 @@ class DistillConfig:
     """Stage 3: end-to-end distillation from the teacher's logits and hidden states."""
 
     enabled: bool = True
-    batch_size: int = 4  # sequences a step
+    batch_size: int = 2  # sequences a step
     accumulate: int = 1  # steps whose gradients are added up
-    lr_latent: float = 2.0e-3
-    lr_scale: float = 6.0e-4
+    lr_latent: float = 3.5e-4
+    lr_scale: float = 4.0e-4
     lr_router: float = 1.0e-4
     train: Literal["all", "scales"] = "all"  # `scales`: latents stay as they are
     train_norms: bool = True
@@ -51,7 +53,7 @@ class DistillConfig:
     beta2: float = 0.95
     weight_decay: float = 0.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = 0.03  # share of the stage
+    warmup: float = 0.1  # share of the stage
     clip: float = 1.0
     temperature: float = 1.0
     hidden_weight: float = 0.0  # of the sum over layers of the MSE of hidden states, per sequence as in the paper: 10
@@ -70,7 +72,7 @@ class RunConfig:
     method: str = "binarymos"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the method
     data: str = ""
-    sequence_length: int = 512
+    sequence_length: int = 256
     seed: int = 0
     tokens: int | None = None  # of stage 3
     minutes: float | None = None  # of all stages
@@ -99,27 +101,29 @@ class RunConfig:
         """Raises BimosError on values that no run can have."""
         for name in ("tokens", "minutes"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise BimosError(f"a budget of {value} {name} trains nothing; give --{name} a positive number")
         if self.tokens is not None and self.minutes is not None:
             raise BimosError("give a budget in --tokens or in --minutes, not both")
-        for name in (
-            "sequence_length",
-            "blocks.tokens",
-            "blocks.epochs",
-            "blocks.batch_size",
-            "distill.batch_size",
-            "distill.accumulate",
-            "distill.top_k",
-        ):
-            section, _, key = name.rpartition(".")
-            value = getattr(getattr(self, section) if section else self, key)
-            if value <= 0:
-                raise BimosError(f"{name}={value}: must be positive")
+        for words, (must, holds) in _RANGES.items():
+            for name in words.split():
+                section, _, key = name.rpartition(".")
+                value = getattr(getattr(self, section) if section else self, key)
+                if value is not None and not (math.isfinite(value) and holds(value)):
+                    raise BimosError(f"{name}={value}: must be {must}")
         if self.distill.teacher == "cached" and self.tokens is None and self.distill.distinct_tokens is None:
             raise BimosError("distill.teacher=cached: say how much text to cache, with --set distill.distinct_tokens=N or --tokens N")
         if self.distill.teacher == "cached" and (self.distill.hidden_weight or self.distill.relative_weight):
             raise BimosError("distill.teacher=cached holds logits only; set hidden_weight and relative_weight to 0 or distill.teacher=live")
+
+
+_POSITIVE = "sequence_length blocks.tokens blocks.epochs blocks.batch_size initialise.sequences distill.batch_size distill.accumulate distill.top_k"
+_NOT_NEGATIVE = "blocks.lr_latent blocks.lr_scale blocks.lr_router distill.lr_latent distill.lr_scale distill.lr_router distill.weight_decay"
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    f"{_POSITIVE} distill.distinct_tokens distill.clip distill.temperature": ("positive", lambda value: value > 0),
+    f"{_NOT_NEGATIVE} distill.hidden_weight distill.relative_weight distill.checkpoint_minutes": ("0 or more", lambda value: value >= 0),
+    "blocks.share distill.warmup distill.beta1 distill.beta2": ("from 0 to below 1", lambda value: 0 <= value < 1),
+}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -128,7 +132,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise BimosError(f"cannot read config file '{path}': {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise BimosError(f"config file '{path}' is not YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}

@@ -234,12 +234,12 @@ def _embedding_change(student: PreTrainedModel, tokenizer: Any, evaluate: Sequen
     """Take the embeddings to `bits`, in place, and say what that did to the perplexity of the first text's first windows."""
     if bits == 16:
         return {}
-    before = perplexity(student, tokenizer, load_text(evaluate[0]), windows=8) if evaluate else None
+    before = perplexity(student, tokenizer, load_text(evaluate[0]), windows=4) if evaluate else None
     quantize_embeddings(student)
     student.config.quantization_config.embedding_bits = bits
     if before is None:
         return {}
-    after = perplexity(student, tokenizer, load_text(evaluate[0]), windows=8)
+    after = perplexity(student, tokenizer, load_text(evaluate[0]), windows=4)
     return {"embedding": {"bits": bits, "windows": before.windows, "perplexity_16_bits": before.value, "perplexity": after.value}}
 
 

@@ -30,7 +30,10 @@ def small() -> PreTrainedModel:
 
 
 def config(**changes: Any) -> RunConfig:
-    return RunConfig.from_dict(changes)
+    """Nothing here rests on the defaults, which follow experiments."""
+    blocks = {"tokens": 131_072, "batch_size": 8} | changes.pop("blocks", {})
+    distill = {"batch_size": 4} | changes.pop("distill", {})
+    return RunConfig.from_dict({"sequence_length": 512, "blocks": blocks, "distill": distill, **changes})
 
 
 def test_block_reconstruction_of_7b_is_one_block_and_two_streams(llama_7b: PreTrainedModel) -> None:

@@ -73,7 +73,8 @@ def run(
     directory: Path, student: nn.Module, teacher: nn.Module, steps: int = 10, progress: Progress | None = None, cache: TopKCache | None = None,
     budget: Budget | None = None, distinct: int | None = None, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    config = DistillConfig(**({"lr_latent": 5e-3, "lr_scale": 1e-3, "checkpoint_minutes": 0.0} | options))
+    quick = {"batch_size": 4, "lr_latent": 5e-3, "lr_scale": 1e-3, "warmup": 0.05, "checkpoint_minutes": 0.0}
+    config = DistillConfig(**(quick | options))
     count = steps * config.batch_size * config.accumulate
     data = NumberedWindows(Windows(count), count, distinct, seed=0)
     budget = budget or Budget(tokens=count * LENGTH)

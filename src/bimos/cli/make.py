@@ -135,7 +135,7 @@ def demo(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Directory for assets, model and report.")] = Path(
         "bimos-demo"
     ),
-    minutes: Annotated[float, typer.Option(metavar="N", help="Minutes of training.")] = 19.0,
+    minutes: Annotated[float, typer.Option(metavar="N", help="Minutes of training.")] = 18.0,
     json: Json = None,
 ) -> None:
     """Binarize SmolLM2-135M-Instruct and show what comes out.
