@@ -16,7 +16,13 @@ from bimos.demo import Asset, Assets, articles, fetch, prepare, split_articles
 from bimos.errors import BimosError
 
 BODY = b"a thousand bytes\n" * 60
-QUICK = {"sequence_length": 32, "initialise": {"sequences": 4}, "blocks": {"tokens": 256, "epochs": 1}, "distill": {"batch_size": 2}}
+QUICK = {
+    "sequence_length": 32,
+    "initialise": {"sequences": 4},
+    "blocks": {"tokens": 256, "epochs": 1},
+    "distill": {"batch_size": 2},
+    "tokens": 256,
+}
 
 
 @pytest.fixture
@@ -107,8 +113,8 @@ def test_the_whole_demonstration_on_a_tiny_model(
     for path in (assets.train, assets.held_out):
         path.write_text(text)
     monkeypatch.setattr("bimos.demo.prepare", lambda folder: assets)
-    monkeypatch.setattr("bimos.demo.settings", lambda train, minutes: QUICK | {"data": str(train), "minutes": minutes})
-    shown = CliRunner().invoke(app, ["demo", "-o", str(tmp_path / "demo"), "--minutes", "0.05"])
+    monkeypatch.setattr("bimos.demo.settings", lambda train, minutes: QUICK | {"data": str(train)})
+    shown = CliRunner().invoke(app, ["demo", "-o", str(tmp_path / "demo")])
     assert shown.exit_code == 0, (shown.output, shown.exception)
     for part in ("bits per body weight", "held-out.txt", "What is the capital of France?", "student:", "report.html"):
         assert part in shown.stdout

@@ -120,8 +120,8 @@ class RunConfig:
 _POSITIVE = "sequence_length blocks.tokens blocks.epochs blocks.batch_size initialise.sequences distill.batch_size distill.accumulate distill.top_k"
 _NOT_NEGATIVE = "blocks.lr_latent blocks.lr_scale blocks.lr_router distill.lr_latent distill.lr_scale distill.lr_router distill.weight_decay"
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    f"{_POSITIVE} distill.distinct_tokens distill.clip distill.temperature": ("positive", lambda value: value > 0),
-    f"{_NOT_NEGATIVE} distill.hidden_weight distill.relative_weight distill.checkpoint_minutes": ("0 or more", lambda value: value >= 0),
+    f"{_POSITIVE} distill.distinct_tokens distill.temperature": ("positive", lambda value: value > 0),
+    f"{_NOT_NEGATIVE} distill.hidden_weight distill.relative_weight distill.clip distill.checkpoint_minutes": ("0 or more", lambda value: value >= 0),
     "blocks.share distill.warmup distill.beta1 distill.beta2": ("from 0 to below 1", lambda value: 0 <= value < 1),
 }
 

@@ -6,6 +6,7 @@ cache, one file per finished block and the distillation's checkpoints. It is del
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,10 +20,11 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations import get_available_reporting_integrations
 
 from bimos.config import RunConfig
 from bimos.errors import BimosError
-from bimos.evaluation.perplexity import perplexity
+from bimos.evaluation.perplexity import maximum_context, perplexity
 from bimos.evaluation.report import write_report
 from bimos.evaluation.texts import load_text
 from bimos.evaluation.versions import provenance, write_json
@@ -87,12 +89,17 @@ def quantize(
     config = RunConfig.from_dict({"method": method.name, "options": method.to_dict(), "data": data, **options}, "bimos.quantize")
     if isinstance(model, PreTrainedModel):
         teacher, tokenizer = model, tokenizer or load_tokenizer(str(model.name_or_path))
-        convertible_linears(teacher, config.skip)
     else:
         teacher, found = load_teacher(model)
         tokenizer = tokenizer or found
-    with tempfile.TemporaryDirectory(prefix="bimos-") as work:
-        student, _ = _train(teacher, tokenizer, config, Path(work), console)
+    _check_fit(teacher, method, config)
+    was_training = teacher.training
+    teacher.eval()  # what it says must not depend on dropout
+    try:
+        with tempfile.TemporaryDirectory(prefix="bimos-") as work:
+            student, _ = _train(teacher, tokenizer, config, Path(work), console)
+    finally:
+        teacher.train(was_training)
     return pack_model(student, method=config.method, options=method.to_dict(), embedding_bits=config.embedding_bits, dtype=teacher.dtype)
 
 
@@ -136,6 +143,7 @@ def run(
     else:
         check_output(output, overwrite)
     teacher, tokenizer = load_teacher(model)
+    _check_fit(teacher, method, config)
     facts = {"model": str(model), "weights": _fingerprint(teacher), "config": config.to_dict()}
     if resume and _read_run(output)["weights"] != facts["weights"]:
         raise BimosError(f"'{model}' has other weights than the run in '{output}' was started with; start anew with --overwrite")
@@ -143,7 +151,14 @@ def run(
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
         write_json(work / "run.json", facts)
-    student, stages = _train(teacher, tokenizer, config, work, console, started=began)
+    try:
+        student, stages = _train(teacher, tokenizer, config, work, console, started=began)
+    except BimosError:
+        if not any(work.glob("tokens/*/tokens.bin")):  # a false start: nothing to resume, so nothing in the way of the next try
+            shutil.rmtree(work, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                output.rmdir()
+        raise
 
     quality: dict[str, Any] = {}
     student = pack_model(student, method=config.method, options=method.to_dict(), embedding_bits=16, dtype=teacher.dtype)
@@ -181,6 +196,9 @@ def run(
     }
     write_json(output / "result.json", result)
     write_report(output / "report.html", result)
+    for log in work.glob("distill/runs/*"):  # TensorBoard's
+        (output / "runs").mkdir(exist_ok=True)
+        log.replace(output / "runs" / log.name)
     shutil.rmtree(work, ignore_errors=True)
     return result
 
@@ -196,7 +214,7 @@ def _train(
     _check_same_text(stream, work / "text.json")
     calibration = _whole_batches(config.blocks.tokens // length, config.blocks.batch_size)
     if not config.blocks.enabled:
-        calibration = max(1, config.initialise.sequences)
+        calibration = _whole_batches(config.initialise.sequences, config.blocks.batch_size)
     with Progress(console) as progress:
         progress.begin("reading text", 1)
         stream.prepare(calibration, lambda done, total: progress.set(done / max(total, 1)))
@@ -218,11 +236,27 @@ def _train(
             distinct = None if again is None else _whole_batches(-(-again // length), steps)
             cache = None
             if config.distill.teacher == "cached":
-                cache = TopKCache(work / "logits", distinct or count, length, config.distill.top_k, teacher.config.vocab_size)
+                vocabulary = teacher.config.vocab_size
+                cache = TopKCache(work / "logits", distinct or count, length, min(config.distill.top_k, vocabulary), vocabulary)
             data = NumberedWindows(stream.as_dataset(calibration, count), count, distinct, config.seed)
             report = distill(student, teacher, data, length, config.distill, budget, work / "distill", progress, cache, config.seed)
             stages.append({**report, "peak_memory_bytes": peak_bytes()})
     return student, stages  # type: ignore[return-value]
+
+
+def _check_fit(teacher: PreTrainedModel, method: MethodConfig, config: RunConfig) -> None:
+    """Raises BimosError on whatever would end the run only after much work."""
+    for name, linear in convertible_linears(teacher, config.skip).items():
+        try:
+            method.packed_layout(linear.in_features, linear.out_features, linear.bias is not None)
+        except BimosError as error:
+            raise BimosError(f"'{name}': {error}") from None
+    limit = maximum_context(teacher)
+    if limit is not None and config.sequence_length > limit:
+        raise BimosError(f"sequence_length={config.sequence_length} is more than the model's maximum; --set sequence_length={limit} or less")
+    known = get_available_reporting_integrations()
+    if config.distill.report_to not in ("none", "all", *known):
+        raise BimosError(f"distill.report_to={config.distill.report_to}: unknown or not installed; here there is: {', '.join(['none', *known])}")
 
 
 def _whole_batches(windows: int, batch: int) -> int:

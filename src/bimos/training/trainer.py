@@ -240,6 +240,7 @@ def distill(
         report_to=config.report_to,
         remove_unused_columns=False,
         disable_tqdm=True,
+        use_cpu=next(student.parameters()).device.type == "cpu",  # the teacher is there too, and is not moved
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
     )

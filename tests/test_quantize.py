@@ -1,0 +1,445 @@
+"""`plan` and `run`: sizes from a config alone, the JSON that others read, and what happens when something is wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from bimos import BimosError
+from bimos.config import RunConfig
+from bimos.evaluation.perplexity import perplexity
+from bimos.methods.binarymos import BinaryMoSLinear
+from bimos.packing.checkpoint import save_packed as save_packed_itself
+from bimos.quantize import WORK, plan, run
+from bimos.training.teacher import TopKCache
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float16", "vocab_size": 32000, "tie_word_embeddings": False}
+SHAPES: dict[str, dict[str, Any]] = {
+    "7b": LLAMA | {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008},
+    "13b": LLAMA | {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "intermediate_size": 13824},
+    "smollm2-135m": LLAMA
+    | {
+        "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536,
+        "vocab_size": 49152, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+COMPONENTS = {"planes", "scales", "routers", "biases", "embedding", "head", "norms and others", "unconverted linears", "file headers"}
+
+
+def config(data: object = "", **changes: Any) -> RunConfig:
+    """A run of a second."""
+    quick: dict[str, Any] = {
+        "options": {"num_experts": 2},
+        "data": str(data),
+        "sequence_length": 32,
+        "initialise": {"sequences": 4},
+        "blocks": {"tokens": 256, "epochs": 2, "batch_size": 4},
+        "distill": {"batch_size": 4, "checkpoint_minutes": 60.0},
+    }
+    for key, value in changes.items():
+        quick[key] = quick[key] | value if isinstance(value, dict) and key in quick and key != "options" else value
+    if not {"tokens", "minutes"} & quick.keys():
+        quick["tokens"] = 1024
+    return RunConfig.from_dict(quick)
+
+
+# Sizes from the config alone
+
+
+def only_config(directory: Path, shape: str) -> Path:
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(SHAPES[shape]))
+    return directory
+
+
+@pytest.mark.parametrize(("shape", "gigabytes", "compression", "body"), [("7b", 1.36, 9.9, 1.036), ("13b", 2.29, 11.4, 1.029)])
+def test_size_of_llama_2(tmp_path: Path, shape: str, gigabytes: float, compression: float, body: float) -> None:
+    report = plan(only_config(tmp_path / shape, shape), RunConfig.from_dict({"embedding_bits": 16}))
+    assert report["total_bytes"] == pytest.approx(gigabytes * 1e9, rel=0.01)
+    assert report["compression"] == pytest.approx(compression, abs=0.06)
+    assert report["body_bits_per_weight"] == pytest.approx(body, abs=6e-4)
+    assert report["bits_per_parameter"] == pytest.approx(16 / report["compression"])
+    assert report["original_bytes"] == 2 * report["parameters"]
+
+
+@pytest.mark.parametrize(("method", "options", "body"), [("binarymos", {"num_experts": 4}, 1.274), ("onebit", {}, 1.046)])
+def test_size_of_smollm2(tmp_path: Path, method: str, options: dict[str, Any], body: float) -> None:
+    run_config = RunConfig.from_dict({"method": method, "options": options, "embedding_bits": 8})
+    report = plan(only_config(tmp_path / "small", "smollm2-135m"), run_config)
+    assert report["total_bytes"] <= 46e6 and report["original_bytes"] == pytest.approx(269e6, rel=0.01)
+    assert report["body_bits_per_weight"] == pytest.approx(body, abs=1e-3)
+    assert report["model"].endswith("small") and report["method"] == method
+    assert set(report["peak_memory_bytes"]) == {"blocks", "distill"}
+    assert sum(row["bytes"] for row in report["components"]) == report["total_bytes"]
+    assert {row["name"] for row in report["components"]} <= COMPONENTS
+
+
+def test_a_plan_is_what_comes_out(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    for bits in (8, 16):
+        wanted = config(text_file, embedding_bits=bits, tokens=128, blocks={"epochs": 1})
+        planned = plan(teacher_directory, wanted)
+        result = run(teacher_directory, tmp_path / str(bits), wanted)
+        on_disk = sum(path.stat().st_size for path in (tmp_path / str(bits)).glob("*.safetensors"))
+        assert result["total_bytes"] == on_disk == pytest.approx(planned["total_bytes"], rel=0.01)
+        assert result["body_bits_per_weight"] == planned["body_bits_per_weight"]
+
+
+@pytest.mark.parametrize("method", ["binarymos", "onebit", "sign"])
+def test_a_plan_reads_no_weights(method: str, tmp_path: Path) -> None:
+    assert plan(only_config(tmp_path / "7b", "7b"), RunConfig.from_dict({"method": method}))["body_bits_per_weight"] < 1.04
+
+
+# What a run leaves behind
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, teacher_directory: Path, text_file: Path) -> tuple[dict[str, Any], Path]:
+    output = tmp_path_factory.mktemp("finished") / "model"
+    return run(str(teacher_directory), output, config(text_file, tokens=4096), evaluate=[str(text_file)]), output
+
+
+def test_result_has_the_promised_keys(finished: tuple[dict[str, Any], Path], teacher_directory: Path, text_file: Path) -> None:
+    result, _ = finished
+    assert result["model"] == str(teacher_directory) and result["method"] == "binarymos"
+    assert RunConfig.from_dict(result["config"]) == config(text_file, tokens=4096)
+    for key in ("total_bytes", "original_bytes", "compression", "body_bits_per_weight", "bits_per_parameter", "seconds"):
+        assert result[key] > 0, key
+    assert all(row.keys() == {"name", "tensors", "bytes"} and row["name"] in COMPONENTS for row in result["components"])
+    assert "torch" in result["versions"] and "commit" in result
+    assert [stage["name"] for stage in result["stages"]] == ["blocks", "distill"]
+    for stage in result["stages"]:
+        for key in ("tokens", "seconds", "tokens_per_second", "peak_memory_bytes", "loss_first", "loss_last"):
+            assert stage[key] > 0, (stage["name"], key)
+        assert stage["loss_last"] < stage["loss_first"], stage["name"]
+    assert result["stages"][0]["tokens"] == 2 * 256 and result["stages"][1]["tokens"] == 4096
+    quality = result["perplexity"][str(text_file)]
+    assert quality["value"] > quality["teacher"] > 1 and quality["windows"] > 1 and quality["context"] == 256
+    assert result["embedding"]["bits"] == 8
+    assert result["embedding"]["perplexity"] == pytest.approx(result["embedding"]["perplexity_16_bits"], rel=0.02)
+
+
+def test_result_and_report_are_left_behind(finished: tuple[dict[str, Any], Path]) -> None:
+    result, output = finished
+    assert json.loads((output / "result.json").read_text()) == json.loads(json.dumps(result))
+    page = (output / "report.html").read_text()
+    assert "<html" in page and "binarymos" in page
+    assert "binarymos" in (output / "README.md").read_text()
+    assert not (output / WORK).exists()
+    assert sorted(path.name for path in output.parent.iterdir()) == ["model"]  # nothing beside it either
+
+
+def test_the_measured_model_is_the_one_on_disk(finished: tuple[dict[str, Any], Path], text_file: Path) -> None:
+    result, output = finished
+    model = AutoModelForCausalLM.from_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    again = perplexity(model, tokenizer, text_file.read_text())
+    assert again.value == pytest.approx(result["perplexity"][str(text_file)]["value"], rel=1e-3)
+
+
+def test_untied_embeddings_in_8_bits(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 320}
+    untied = teacher_like(teacher_directory, tmp_path / "untied", **sizes, tie_word_embeddings=False)
+    result = run(untied, tmp_path / "out", config(text_file, tokens=128), evaluate=[str(text_file)])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.get_output_embeddings() is not None and not model.config.tie_word_embeddings
+    again = perplexity(model, AutoTokenizer.from_pretrained(tmp_path / "out"), text_file.read_text())
+    assert again.value == pytest.approx(result["perplexity"][str(text_file)]["value"], rel=1e-3)
+
+
+def test_stages_can_be_left_out(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    start = run(teacher_directory, tmp_path / "start", config(text_file, blocks={"enabled": False}, distill={"enabled": False}))
+    assert [(stage["name"], stage["tokens"]) for stage in start["stages"]] == [("blocks", 0)]
+    odd = {"enabled": False, "batch_size": 4}  # three sequences of statistics, although a batch is four
+    wanted = config(text_file, blocks=odd, initialise={"sequences": 3}, tokens=128)
+    assert run(teacher_directory, tmp_path / "distilled", wanted)["stages"][1]["tokens"] == 128
+    blocks = run(teacher_directory, tmp_path / "blocks", config(text_file, distill={"enabled": False}))
+    assert [stage["name"] for stage in blocks["stages"]] == ["blocks"]
+
+
+def test_a_run_is_repeatable(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 20260801), ("b", 20260801), ("c", 1)):
+        run(teacher_directory, tmp_path / name, config(text_file, seed=seed, tokens=256))
+    a, b, c = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in "abc")
+    assert all(torch.equal(tensor, b[key]) for key, tensor in a.items())
+    assert not all(torch.equal(tensor, c[key]) for key, tensor in a.items())
+
+
+def test_a_budget_of_minutes_ends(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    result = run(teacher_directory, tmp_path / "out", config(text_file, minutes=0.05, blocks={"epochs": 10**6}))
+    assert result["seconds"] >= 1.0 and result["config"]["minutes"] == 0.05
+    assert all(stage["seconds"] > 0 for stage in result["stages"])
+    assert result["stages"][1]["tokens"] > 0
+
+
+@pytest.mark.parametrize("minutes", [1e-9, 1e-4])
+def test_a_budget_too_small_still_gives_a_model(minutes: float, teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    result = run(teacher_directory, tmp_path / "out", config(text_file, minutes=minutes))
+    assert [stage["name"] for stage in result["stages"]] == ["blocks", "distill"]
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_an_hour_is_the_default(teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bimos.quantize._train", raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        run(teacher_directory, tmp_path / "out", RunConfig.from_dict({"data": str(text_file), "sequence_length": 32}))
+    assert json.loads((tmp_path / "out" / WORK / "run.json").read_text())["config"]["minutes"] == 60.0
+
+
+def test_logits_from_the_cache(teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same text four times, asked of the teacher once; with most of the vocabulary it ends where the live teacher does."""
+    put: list[int] = []
+    original = TopKCache.put
+    monkeypatch.setattr(TopKCache, "put", lambda self, window, *rest: (put.append(window), original(self, window, *rest))[1])
+    wanted = {"distinct_tokens": 1024, "top_k": 1000}  # more than there are
+    results = {
+        teacher: run(teacher_directory, tmp_path / teacher, config(text_file, tokens=4096, distill=wanted | {"teacher": teacher}))
+        for teacher in ("live", "cached")
+    }
+    assert sorted(put) == list(range(1024 // 32))
+    live, cached = (result["stages"][1] for result in results.values())
+    assert cached["loss_first"] == pytest.approx(live["loss_first"], rel=0.02)
+    assert cached["loss_last"] == pytest.approx(live["loss_last"], rel=0.05)
+
+
+def test_losses_go_to_tensorboard(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(teacher_directory, tmp_path / "out", config(text_file, tokens=32 * 4 * 20, distill={"report_to": "tensorboard"}))
+    (events,) = (tmp_path / "out" / "runs").rglob("events.out.tfevents.*")
+    log = accumulator.EventAccumulator(str(events))
+    log.Reload()
+    assert {"train/loss", "train/learning_rate"} <= set(log.Tags()["scalars"])
+    assert [event.step for event in log.Scalars("train/loss")] == [10, 20]
+    assert 0 < log.Scalars("train/loss")[0].value < 20
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # the folder does not disturb it
+
+
+# What is wrong
+
+
+def teacher_like(directory: Path, target: Path, **sizes: Any) -> Path:
+    """Another model with the same tokenizer."""
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=64)).save_pretrained(target)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(directory / name, target)
+    return target
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def raise_it(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    return raise_it
+
+
+def refused(fragment: str, *arguments: Any, **options: Any) -> None:
+    with pytest.raises(BimosError, match=fragment) as caught:
+        run(*arguments, **options)
+    assert "\n" not in str(caught.value)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["missing", "empty"])
+def test_no_model(name: str, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(name, tmp_path / name, tmp_path / "out", config(text_file))
+    with pytest.raises(BimosError, match=name):
+        plan(tmp_path / name, config())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"method": "sine"}, "unknown method 'sine'.*binarymos"),
+        ({"options": {"experts": 2}}, "no option 'experts'"),
+        ({"options": {"num_experts": "two"}}, "num_experts='two'"),
+        ({"data": ""}, "no training text.*--data"),
+        ({"data": "no-such-file.txt"}, r"no-such-file\.txt"),
+        ({"skip": ["no_such_proj"]}, "no_such_proj"),
+        ({"sequence_length": 512}, "sequence_length=512.*256"),
+        ({"distill": {"report_to": "nowhere"}}, "distill.report_to=nowhere.*none"),
+        ({"method": "sign", "options": {"group_size": 24}}, "'model.layers.*group_size=24"),
+    ],
+)
+def test_wrong_options(changes: dict[str, Any], fragment: str, teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    refused(fragment, teacher_directory, tmp_path / "out", config(**({"data": text_file} | changes)))
+    assert not (tmp_path / "out").exists()  # or the next try would be refused
+
+
+def test_text_without_text(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "blank.txt").write_text(" \n\n \n")
+    refused(r"blank\.txt", teacher_directory, tmp_path / "out", config(tmp_path / "blank.txt"))
+    assert not (tmp_path / "out").exists()
+    refused("missing", teacher_directory, tmp_path / "out", config(text_file), evaluate=[str(tmp_path / "missing.txt")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_linears_that_do_not_fill_bytes(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 320}
+    odd = teacher_like(teacher_directory, tmp_path / "odd", **sizes)
+    refused("mlp.down_proj.*in_features=44.*multiple of 8.*skip", odd, tmp_path / "out", config(text_file))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(BimosError, match="in_features=44"):
+        plan(odd, config())
+
+
+def test_a_packed_model_is_no_teacher(finished: tuple[dict[str, Any], Path], text_file: Path, tmp_path: Path) -> None:
+    refused("quantized already", finished[1], tmp_path / "out", config(text_file))
+
+
+def test_an_output_that_is_not_empty(finished: tuple[dict[str, Any], Path], teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    shutil.copytree(finished[1], output)
+    (output / "notes.log").write_text("mine")
+    before = contents(output)
+    refused("not empty.*--overwrite", teacher_directory, output, config(text_file))
+    refused(r"nothing to resume.*finished", teacher_directory, output, config(text_file), resume=True)
+    refused("blank", teacher_directory, output, config(blank(tmp_path)), overwrite=True)
+    assert contents(output) == before
+    run(teacher_directory, output, config(text_file, seed=5, tokens=128), overwrite=True)
+    after = contents(output)
+    assert after["model.safetensors"] != before["model.safetensors"] and after["notes.log"] == b"mine"
+
+
+def blank(directory: Path) -> Path:
+    (directory / "blank.txt").write_text("\n")
+    return directory / "blank.txt"
+
+
+def test_an_output_that_is_a_file(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    refused("is a file", teacher_directory, tmp_path / "out", config(text_file))
+
+
+# Stopping and resuming (kills in the middle of a stage: test_resume.py)
+
+
+@pytest.fixture
+def stopped(teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that was interrupted when it was about to save."""
+    with monkeypatch.context() as patched:
+        patched.setattr("bimos.quantize.save_packed", raising(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run(teacher_directory, tmp_path / "out", config(text_file))
+    return tmp_path / "out"
+
+
+def test_resuming_another_run(stopped: Path, teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    before = contents(stopped)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 320}
+    other = teacher_like(teacher_directory, tmp_path / "other", **sizes)
+    refused("is of model .*tiny-llama.*, not .*other", other, stopped, config(text_file), resume=True)
+    refused("seed=0, now it is 3", teacher_directory, stopped, config(text_file, seed=3), resume=True)
+    refused("distill.clip=1.0, now it is 0.5", teacher_directory, stopped, config(text_file, distill={"clip": 0.5}), resume=True)
+    refused("num_experts", teacher_directory, stopped, config(text_file, options={"num_experts": 4}), resume=True)
+    refused("minutes", teacher_directory, stopped, config(text_file, minutes=5), resume=True)
+    refused("not empty", teacher_directory, stopped, config(text_file))
+    assert contents(stopped) == before
+
+
+def test_resuming_after_the_model_changed(teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(teacher_directory, model)
+    with monkeypatch.context() as patched:
+        patched.setattr("bimos.quantize.save_packed", raising(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path / "out", config(text_file, tokens=128))
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    teacher_like(teacher_directory, model, **sizes, vocab_size=320, tie_word_embeddings=True)
+    refused("other weights", model, tmp_path / "out", None, resume=True)
+
+
+def test_resuming_after_the_text_changed(teacher_directory: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text(text)
+    with monkeypatch.context() as patched:
+        patched.setattr("bimos.quantize.save_packed", raising(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run(teacher_directory, tmp_path / "out", config(path, tokens=128))
+    path.write_text(text + "One more sentence.\n")
+    refused("text .* has changed", teacher_directory, tmp_path / "out", None, resume=True)
+    path.write_text(text)
+    assert run(teacher_directory, tmp_path / "out", None, resume=True)["stages"]
+
+
+def test_nothing_to_resume(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    refused("nothing to resume", teacher_directory, tmp_path / "out", config(text_file), resume=True)
+    refused("nothing to resume", teacher_directory, tmp_path / "out", None, resume=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_run_file(stopped: Path, teacher_directory: Path) -> None:
+    (stopped / WORK / "run.json").write_text("{")
+    refused(r"run\.json.*damaged.*--overwrite", teacher_directory, stopped, None, resume=True)
+
+
+def test_a_resumed_run_remembers_its_options(stopped: Path, teacher_directory: Path, text_file: Path) -> None:
+    result = run(teacher_directory, stopped, None, resume=True)
+    assert RunConfig.from_dict(result["config"]) == config(text_file)
+    assert result["stages"][1]["tokens"] == 1024
+    assert not (stopped / WORK).exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), safetensors.SafetensorError("I/O error: No space left on device (os error 28)")],
+)
+def test_a_full_disk_while_saving(
+    error: Exception, finished: tuple[dict[str, Any], Path], teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old checkpoint and the work survive; with room again, the run resumes and nothing is trained twice."""
+    output = tmp_path / "model"
+    shutil.copytree(finished[1], output)
+    before = contents(output)
+    wanted = config(text_file, seed=7)
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.modeling_utils.safe_save_file", raising(error))
+        refused("no space left", teacher_directory, output, wanted, overwrite=True)
+    kept = {name: data for name, data in contents(output).items() if not name.startswith(f"{WORK}/")}
+    assert kept == before
+    AutoModelForCausalLM.from_pretrained(output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    monkeypatch.setattr(BinaryMoSLinear, "forward", raising(AssertionError("trained again")))
+    assert run(teacher_directory, output, None, resume=True)["stages"][1]["tokens"] == 1024
+    assert contents(output)["model.safetensors"] != before["model.safetensors"]
+
+
+@pytest.mark.parametrize("stage", ["blockwise", "trainer"])
+def test_a_full_disk_while_training(
+    stage: str, teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(f"bimos.training.{stage}.save_tensors", raising(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):  # the command line makes one line of it
+            run(teacher_directory, output, config(text_file))
+    assert run(teacher_directory, output, None, resume=True)["stages"][1]["tokens"] == 1024
+
+
+def test_a_save_that_was_killed_is_done_again(stopped: Path, teacher_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the checkpoint and the report: the checkpoint is whole, the run resumes."""
+
+    def save_and_die(*arguments: Any, **options: Any) -> None:
+        save_packed_itself(*arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("bimos.quantize.save_packed", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            run(teacher_directory, stopped, None, resume=True)
+    AutoModelForCausalLM.from_pretrained(stopped)
+    assert run(teacher_directory, stopped, None, resume=True)["total_bytes"] > 0
+    assert (stopped / "report.html").exists() and not (stopped / WORK).exists()
