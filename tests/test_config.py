@@ -136,7 +136,9 @@ def test_yaml_file(tmp_path: Path) -> None:
     assert RunConfig.from_yaml(path) == RunConfig()
 
 
-@pytest.mark.parametrize(("text", "fragment"), [("a: [1", "not YAML"), ("- a\n- b\n", "mapping"), ("just words", "mapping"), ("speed: 3", "speed")])
+@pytest.mark.parametrize(
+    ("text", "fragment"), [("a: [1", "not YAML"), ("- a\n- b\n", "mapping"), ("just words", "mapping"), ("speed: 3", "speed")]
+)
 def test_files_that_are_no_config(tmp_path: Path, text: str, fragment: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)

@@ -22,7 +22,7 @@ from bimos.packing.checkpoint import save_packed as save_packed_itself
 from bimos.quantize import WORK, plan, run
 from bimos.training.teacher import TopKCache
 
-LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float16", "vocab_size": 32000, "tie_word_embeddings": False}
+LLAMA = {"model_type": "llama", "dtype": "float16", "vocab_size": 32000, "tie_word_embeddings": False}
 SHAPES: dict[str, dict[str, Any]] = {
     "7b": LLAMA | {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008},
     "13b": LLAMA | {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "intermediate_size": 13824},
@@ -300,7 +300,9 @@ def test_a_packed_model_is_no_teacher(finished: tuple[dict[str, Any], Path], tex
     refused("quantized already", finished[1], tmp_path / "out", config(text_file))
 
 
-def test_an_output_that_is_not_empty(finished: tuple[dict[str, Any], Path], teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+def test_an_output_that_is_not_empty(
+    finished: tuple[dict[str, Any], Path], teacher_directory: Path, text_file: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "model"
     shutil.copytree(finished[1], output)
     (output / "notes.log").write_text("mine")
@@ -350,7 +352,9 @@ def test_resuming_another_run(stopped: Path, teacher_directory: Path, text_file:
     assert contents(stopped) == before
 
 
-def test_resuming_after_the_model_changed(teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_after_the_model_changed(
+    teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tmp_path / "model"
     shutil.copytree(teacher_directory, model)
     with monkeypatch.context() as patched:
@@ -398,8 +402,9 @@ def test_a_resumed_run_remembers_its_options(stopped: Path, teacher_directory: P
     [OSError(errno.ENOSPC, "No space left on device"), safetensors.SafetensorError("I/O error: No space left on device (os error 28)")],
 )
 def test_a_full_disk_while_saving(
-    error: Exception, finished: tuple[dict[str, Any], Path], teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    error: Exception, finished: tuple[dict[str, Any], Path], teacher_directory: Path, text_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """The old checkpoint and the work survive; with room again, the run resumes and nothing is trained twice."""
     output = tmp_path / "model"
     shutil.copytree(finished[1], output)

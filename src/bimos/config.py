@@ -44,8 +44,8 @@ class DistillConfig:
     enabled: bool = True
     batch_size: int = 2  # sequences a step
     accumulate: int = 1  # steps whose gradients are added up
-    lr_latent: float = 3.5e-4
-    lr_scale: float = 4.0e-4
+    lr_latent: float = 7.0e-4
+    lr_scale: float = 6.0e-4
     lr_router: float = 1.0e-4
     train: Literal["all", "scales"] = "all"  # `scales`: latents stay as they are
     train_norms: bool = True
@@ -117,11 +117,13 @@ class RunConfig:
             raise BimosError("distill.teacher=cached holds logits only; set hidden_weight and relative_weight to 0 or distill.teacher=live")
 
 
-_POSITIVE = "sequence_length blocks.tokens blocks.epochs blocks.batch_size initialise.sequences distill.batch_size distill.accumulate distill.top_k"
-_NOT_NEGATIVE = "blocks.lr_latent blocks.lr_scale blocks.lr_router distill.lr_latent distill.lr_scale distill.lr_router distill.weight_decay"
+_POSITIVE = """sequence_length initialise.sequences blocks.tokens blocks.epochs blocks.batch_size
+    distill.batch_size distill.accumulate distill.top_k distill.distinct_tokens distill.temperature"""
+_NOT_NEGATIVE = """blocks.lr_latent blocks.lr_scale blocks.lr_router distill.lr_latent distill.lr_scale distill.lr_router
+    distill.weight_decay distill.clip distill.hidden_weight distill.relative_weight distill.checkpoint_minutes"""
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    f"{_POSITIVE} distill.distinct_tokens distill.temperature": ("positive", lambda value: value > 0),
-    f"{_NOT_NEGATIVE} distill.hidden_weight distill.relative_weight distill.clip distill.checkpoint_minutes": ("0 or more", lambda value: value >= 0),
+    _POSITIVE: ("positive", lambda value: value > 0),
+    _NOT_NEGATIVE: ("0 or more", lambda value: value >= 0),
     "blocks.share distill.warmup distill.beta1 distill.beta2": ("from 0 to below 1", lambda value: 0 <= value < 1),
 }
 

@@ -253,10 +253,10 @@ def _check_fit(teacher: PreTrainedModel, method: MethodConfig, config: RunConfig
             raise BimosError(f"'{name}': {error}") from None
     limit = maximum_context(teacher)
     if limit is not None and config.sequence_length > limit:
-        raise BimosError(f"sequence_length={config.sequence_length} is more than the model's maximum; --set sequence_length={limit} or less")
+        raise BimosError(f"sequence_length={config.sequence_length} is more than this model can take; set it to {limit} or less")
     known = get_available_reporting_integrations()
     if config.distill.report_to not in ("none", "all", *known):
-        raise BimosError(f"distill.report_to={config.distill.report_to}: unknown or not installed; here there is: {', '.join(['none', *known])}")
+        raise BimosError(f"distill.report_to={config.distill.report_to}: unknown or not installed; here: {', '.join(['none', *known])}")
 
 
 def _whole_batches(windows: int, batch: int) -> int:

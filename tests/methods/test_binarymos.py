@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -118,7 +119,7 @@ def test_alternating_least_squares_never_gets_worse(spread: float) -> None:
     magnitude = (torch.randn(33, 56, generator=generator) * torch.randn(33, 1, generator=generator).exp()).abs()
     weight = (spread * torch.randn(56, generator=generator)).exp()
     errors = [weighted_error(magnitude, weight, *weighted_rank_one(magnitude, weight, n)) for n in range(9)]
-    assert all(after <= before * (1 + 1e-6) for before, after in zip(errors, errors[1:], strict=False)), errors
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(errors)), errors
     if spread:
         assert errors[8] < 0.999 * errors[0]
     again = weighted_rank_one(magnitude, 7 * weight, 8)  # what counts is the ratio of the weights

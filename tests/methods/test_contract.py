@@ -35,7 +35,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "sign": [{"group_size": 8}],
 }
 SHAPES = [(8, 1), (24, 5), (40, 33), (64, 48)]  # in, out: in is a multiple of 8, out of nothing
-CASES = [pytest.param(name, options, id=f"{name}-{i}") for name in available_methods() for i, options in enumerate([{}, *OPTIONS.get(name, [])])]
+CASES = [
+    pytest.param(name, options, id=f"{name}-{i}")
+    for name in available_methods()
+    for i, options in enumerate([{}, *OPTIONS.get(name, [])])
+]
 
 over_methods = pytest.mark.parametrize(("name", "options"), CASES)
 over_shapes = pytest.mark.parametrize(("n_in", "n_out"), SHAPES)
@@ -111,8 +115,9 @@ def test_pack_gives_the_promised_layout(name: str, options: dict[str, Any], n_in
     config = method_config(name, options)
     layout = config.packed_layout(n_in, n_out, bias)
     tensors = trained(config, n_in, n_out, bias).pack()
-    assert {key: (tuple(t.shape), t.dtype) for key, t in tensors.items()} == {key: tuple(stored) for key, stored in layout.items()}
-    assert {key: (tuple(t.shape), t.dtype) for key, t in PackedLinear.empty(layout).tensors().items()} == {k: tuple(s) for k, s in layout.items()}
+    expected = {key: tuple(stored) for key, stored in layout.items()}
+    assert {key: (tuple(t.shape), t.dtype) for key, t in tensors.items()} == expected
+    assert {key: (tuple(t.shape), t.dtype) for key, t in PackedLinear.empty(layout).tensors().items()} == expected
     assert ("bias" in tensors) == bias
     assert not any(t.requires_grad for t in tensors.values())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 
@@ -64,13 +65,13 @@ def test_a_real_clock_moves() -> None:
 def test_schedule(kind: str) -> None:
     values = [schedule(kind, 0.1, i / 100) for i in range(101)]
     assert 0 < values[0] < 0.1
-    assert all(a < b for a, b in zip(values[1:10], values[2:11], strict=True))  # up
+    assert all(a < b for a, b in itertools.pairwise(values[1:11]))  # up
     assert values[10] == pytest.approx(1)
     rest = values[10:]
     if kind == "constant":
         assert set(rest) == {1.0}
     else:
-        assert all(a > b for a, b in zip(rest, rest[1:], strict=False))  # down
+        assert all(a > b for a, b in itertools.pairwise(rest))  # down
         assert rest[-1] == pytest.approx(0, abs=1e-9)
         assert rest[45] == pytest.approx(0.5)  # both are symmetric
     assert schedule(kind, 0.0, 0.0) == 1.0
