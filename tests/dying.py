@@ -1,6 +1,6 @@
 """A run that kills its own process, as `kill -9` would, at a chosen moment. `test_resume.py` starts it in fresh processes.
 
-A moment is a training step, or a change of a file below the output directory (one opened for writing, renamed, deleted).
+A moment is a training step, or a change of a file in or beside the output directory (opened for writing, renamed, deleted).
 So a kill can fall between any two of them: within a checkpoint, too, and between a checkpoint and what says that it is complete.
 """
 
@@ -25,7 +25,7 @@ def run(moment: int | None, counted: Path, model: Path, output: Path, config: di
     """`bimos.quantize.run` until moment number `moment`; without one to the end. `counted`: a file for the moments there were."""
     torch.set_num_threads(1)
     passed = 0
-    below = str(output)
+    below = str(output.parent)
 
     def pass_one() -> None:
         nonlocal passed

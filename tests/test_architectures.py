@@ -36,11 +36,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 LINEARS = {"opt": 6, "gpt_neox": 4, "phi": 6}  # a block; the others have 7
 QUICK: dict[str, Any] = {
-    "tokens": 32 * 4 * 12,
+    "tokens": 32 * 4 * 24,
     "sequence_length": 32,
     "initialise": {"sequences": 8},
     "blocks": {"tokens": 512, "epochs": 2, "batch_size": 4, "lr_latent": 0.01},
-    "distill": {"batch_size": 4, "lr_latent": 5e-3, "lr_scale": 1e-3},
+    "distill": {"batch_size": 4, "lr_latent": 5e-3, "lr_scale": 3e-3},
 }
 METHOD = BinaryMoSConfig(num_experts=2)
 

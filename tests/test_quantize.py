@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from bimos import BimosError
 from bimos.config import RunConfig
 from bimos.evaluation.perplexity import perplexity
-from bimos.methods.binarymos import BinaryMoSLinear
 from bimos.packing.checkpoint import save_packed as save_packed_itself
 from bimos.quantize import WORK, plan, run
 from bimos.training.teacher import TopKCache
 
+module = sys.modules["bimos.quantize"]  # the attribute of the package is the function
 LLAMA = {"model_type": "llama", "dtype": "float16", "vocab_size": 32000, "tie_word_embeddings": False}
 SHAPES: dict[str, dict[str, Any]] = {
     "7b": LLAMA | {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008},
@@ -188,7 +189,7 @@ def test_a_budget_too_small_still_gives_a_model(minutes: float, teacher_director
 
 
 def test_an_hour_is_the_default(teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bimos.quantize._train", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(module, "_train", raising(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         run(teacher_directory, tmp_path / "out", RunConfig.from_dict({"data": str(text_file), "sequence_length": 32}))
     assert json.loads((tmp_path / "out" / WORK / "run.json").read_text())["config"]["minutes"] == 60.0
@@ -200,8 +201,10 @@ def test_logits_from_the_cache(teacher_directory: Path, text_file: Path, tmp_pat
     original = TopKCache.put
     monkeypatch.setattr(TopKCache, "put", lambda self, window, *rest: (put.append(window), original(self, window, *rest))[1])
     wanted = {"distinct_tokens": 1024, "top_k": 1000}  # more than there are
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 320}
+    model = teacher_like(teacher_directory, tmp_path / "model", **sizes, initializer_range=0.3)
     results = {
-        teacher: run(teacher_directory, tmp_path / teacher, config(text_file, tokens=4096, distill=wanted | {"teacher": teacher}))
+        teacher: run(model, tmp_path / teacher, config(text_file, tokens=4096, distill=wanted | {"teacher": teacher}))
         for teacher in ("live", "cached")
     }
     assert sorted(put) == list(range(1024 // 32))
@@ -326,6 +329,14 @@ def test_an_output_that_is_a_file(teacher_directory: Path, text_file: Path, tmp_
     refused("is a file", teacher_directory, tmp_path / "out", config(text_file))
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_that_name_is_not_ours(overwrite: bool, teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / WORK).mkdir(parents=True)
+    (tmp_path / "out" / WORK / "thesis.txt").write_text("two years")
+    refused("something else" if overwrite else "not empty", teacher_directory, tmp_path / "out", config(text_file), overwrite=overwrite)
+    assert contents(tmp_path / "out") == {f"{WORK}/thesis.txt": b"two years"}
+
+
 # Stopping and resuming (kills in the middle of a stage: test_resume.py)
 
 
@@ -333,7 +344,7 @@ def test_an_output_that_is_a_file(teacher_directory: Path, text_file: Path, tmp_
 def stopped(teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that was interrupted when it was about to save."""
     with monkeypatch.context() as patched:
-        patched.setattr("bimos.quantize.save_packed", raising(KeyboardInterrupt()))
+        patched.setattr(module, "save_packed", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             run(teacher_directory, tmp_path / "out", config(text_file))
     return tmp_path / "out"
@@ -358,7 +369,7 @@ def test_resuming_after_the_model_changed(
     model = tmp_path / "model"
     shutil.copytree(teacher_directory, model)
     with monkeypatch.context() as patched:
-        patched.setattr("bimos.quantize.save_packed", raising(KeyboardInterrupt()))
+        patched.setattr(module, "save_packed", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             run(model, tmp_path / "out", config(text_file, tokens=128))
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -370,12 +381,13 @@ def test_resuming_after_the_text_changed(teacher_directory: Path, text: str, tmp
     path = tmp_path / "mine.txt"
     path.write_text(text)
     with monkeypatch.context() as patched:
-        patched.setattr("bimos.quantize.save_packed", raising(KeyboardInterrupt()))
+        patched.setattr(module, "save_packed", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             run(teacher_directory, tmp_path / "out", config(path, tokens=128))
+    path.rename(tmp_path / "aside.txt")
     path.write_text(text + "One more sentence.\n")
     refused("text .* has changed", teacher_directory, tmp_path / "out", None, resume=True)
-    path.write_text(text)
+    (tmp_path / "aside.txt").rename(path)
     assert run(teacher_directory, tmp_path / "out", None, resume=True)["stages"]
 
 
@@ -417,7 +429,7 @@ def test_a_full_disk_while_saving(
     assert kept == before
     AutoModelForCausalLM.from_pretrained(output)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
-    monkeypatch.setattr(BinaryMoSLinear, "forward", raising(AssertionError("trained again")))
+    monkeypatch.setattr(torch.optim.AdamW, "step", raising(AssertionError("trained again")))
     assert run(teacher_directory, output, None, resume=True)["stages"][1]["tokens"] == 1024
     assert contents(output)["model.safetensors"] != before["model.safetensors"]
 
@@ -442,7 +454,7 @@ def test_a_save_that_was_killed_is_done_again(stopped: Path, teacher_directory: 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("bimos.quantize.save_packed", save_and_die)
+        patched.setattr(module, "save_packed", save_and_die)
         with pytest.raises(KeyboardInterrupt):
             run(teacher_directory, stopped, None, resume=True)
     AutoModelForCausalLM.from_pretrained(stopped)

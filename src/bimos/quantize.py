@@ -128,6 +128,7 @@ def run(
     began = time.monotonic()
     output = Path(output).expanduser()
     work = output / WORK
+    _settle(output)
     if config is None and resume:
         config = RunConfig.from_dict(_read_run(output)["config"], str(work / "run.json"))
     config = dataclasses.replace(config or RunConfig())
@@ -142,6 +143,8 @@ def run(
         _check_same_run(output, _read_run(output), str(model), config)
     else:
         check_output(output, overwrite)
+        if work.exists() and not (work / "run.json").exists():
+            raise BimosError(f"'{work}' is where the run would keep its work, and holds something else; name another output directory")
     teacher, tokenizer = load_teacher(model)
     _check_fit(teacher, method, config)
     facts = {"model": str(model), "weights": _fingerprint(teacher), "config": config.to_dict()}
@@ -285,6 +288,21 @@ def _fingerprint(model: nn.Module) -> str:
         picked = values[:: max(1, len(values) // 16)].float().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode() + picked.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _settle(output: Path) -> None:
+    """Put things in order after a kill in one of the two moments when the work was not in its place.
+
+    They are the first, before `run.json` was there, and that when a new checkpoint had just taken the place of the old one.
+    """
+    work = output / WORK
+    stranded = output.resolve().parent / f".{output.resolve().name}.saving" / WORK
+    if (stranded / "run.json").exists() and output.is_dir() and not work.exists():
+        stranded.rename(work)
+    if work.is_dir() and all(path.name.startswith(".run.json.") for path in work.iterdir()):
+        shutil.rmtree(work)
+        with contextlib.suppress(OSError):
+            output.rmdir()
 
 
 def _read_run(output: Path) -> dict[str, Any]:

@@ -170,8 +170,8 @@ def test_clipping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_dropout_is_off(tmp_path: Path) -> None:
     """A student that drops units cannot say what its teacher says; OPT's config asks for it."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "word_embed_proj_dim": 32}
-    teacher = OPTForCausalLM(OPTConfig(**sizes, dropout=0.9)).requires_grad_(False).eval()
+    sizes = {"vocab_size": 64, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    teacher = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=32, dropout=0.9)).requires_grad_(False).eval()
     student, progress, data = student_of(teacher), Counting(), NumberedWindows(Windows(4), 4, None, seed=0)
     ids, window = (torch.stack([data[i][key] for i in range(4)]) for key in ("input_ids", "window"))
     expected = Distillation(student.eval(), teacher, DistillConfig(), None)(ids, window)["loss"].item()

@@ -60,6 +60,7 @@ def _disk_full(error: BaseException | None) -> bool:
 def quiet() -> None:
     """No bars and advice about the insides of libraries; downloads from the Hub keep their bars, they can take an hour."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("always", category=UserWarning, module="bimos")
