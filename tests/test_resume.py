@@ -150,11 +150,11 @@ def test_killed_in_each_stage(where: str, runs: Runs, whole: tuple[Path, int], t
 
 
 def test_killed_within_a_checkpoint(runs: Runs, whole: tuple[Path, int], text: str, tmp_path: Path) -> None:
-    """Every moment around one checkpoint of distillation, one after the other; none costs more than that checkpoint."""
+    """At several moments around one checkpoint of distillation; none costs more than that checkpoint."""
     output, (expected, moments) = tmp_path / "model", whole
     assert runs.die(output, moments // 2)
     incomplete = 0
-    for moment in range(7, 15):
+    for moment in range(7, 15, 2):
         assert runs.die(output, moment)
         folders = list((output / WORK / "distill").glob("checkpoint-*"))
         complete = [folder for folder in folders if (folder / "complete.json").exists()]
@@ -170,12 +170,12 @@ def test_killed_while_saving(runs: Runs, whole: tuple[Path, int], text: str, tmp
     output, (expected, moments) = tmp_path / "model", whole
     assert runs.die(output, moments - 60)
     tries = 0
-    while tries < 20 and runs.die(output, 8 + 5 * tries):
+    while tries < 20 and runs.die(output, 10 + 8 * tries):
         tries += 1
         if (output / "model.safetensors").exists():
             assert torch.equal(signs(output), signs(expected))
             AutoModelForCausalLM.from_pretrained(output)
-    assert 4 < tries < 20
+    assert 3 < tries < 20
     assert_ends_alike(output, expected, text)
 
 
@@ -192,7 +192,7 @@ def test_killed_just_behind_the_exchange(runs: Runs, whole: tuple[Path, int], te
 
 def test_killed_before_anything(runs: Runs, whole: tuple[Path, int], text: str, tmp_path: Path) -> None:
     output, (expected, _) = tmp_path / "model", whole
-    for moment in (1, 3, 5, 6):
+    for moment in (1, 5):
         assert runs.die(output, moment)
     runs.finish(output)
     assert_ends_alike(output, expected, text)

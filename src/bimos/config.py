@@ -113,6 +113,12 @@ class RunConfig:
                     raise BimosError(f"{name}={value}: must be {must}")
         if self.distill.teacher == "cached" and self.tokens is None and self.distill.distinct_tokens is None:
             raise BimosError("distill.teacher=cached: say how much text to cache, with --set distill.distinct_tokens=N or --tokens N")
+        if not 0 <= self.seed < 2**32:
+            raise BimosError(f"seed={self.seed}: must be from 0 to 2**32 - 1")
+        if self.distill.teacher == "cached" and self.distill.temperature != 1:
+            raise BimosError(
+                "distill.teacher=cached holds log-probabilities at temperature 1; set distill.temperature=1 or distill.teacher=live"
+            )
         if self.distill.teacher == "cached" and (self.distill.hidden_weight or self.distill.relative_weight):
             raise BimosError("distill.teacher=cached holds logits only; set hidden_weight and relative_weight to 0 or distill.teacher=live")
 

@@ -129,6 +129,11 @@ def run(
     output = Path(output).expanduser()
     work = output / WORK
     _settle(output)
+    if Path(model).expanduser().exists() and output.resolve() in (
+        Path(model).expanduser().resolve(),
+        *Path(model).expanduser().resolve().parents,
+    ):
+        raise BimosError(f"output '{output}' holds the model '{model}' and would replace it; name another directory")
     if config is None and resume:
         config = RunConfig.from_dict(_read_run(output)["config"], str(work / "run.json"))
     config = dataclasses.replace(config or RunConfig())
@@ -202,6 +207,7 @@ def run(
     for log in work.glob("distill/runs/*"):  # TensorBoard's
         (output / "runs").mkdir(exist_ok=True)
         log.replace(output / "runs" / log.name)
+    (work / "run.json").unlink(missing_ok=True)  # first: work without it is not taken for a run to resume
     shutil.rmtree(work, ignore_errors=True)
     return result
 

@@ -69,7 +69,10 @@ class TopKCache:
         self._value = self._open("values.bin", np.dtype(np.float16), shape)
         self._index = self._open("indices.bin", index_dtype, shape)
         self._filled = self._open("filled.bin", np.dtype(np.uint8), (self.windows,))
-        about.write_text(json.dumps(facts))
+        if not about.exists():  # last, and in one step: a cache that says what it is has all its files
+            aside = about.with_suffix(".partial")
+            aside.write_text(json.dumps(facts))
+            aside.replace(about)
 
     def _open(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
         path = self.directory / name
