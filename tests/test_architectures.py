@@ -123,6 +123,18 @@ def test_it_says_what_its_teacher_says(tokenizer: PreTrainedTokenizerFast, text_
     assert distances[1] < 0.8 * distances[0]
 
 
+def test_each_stage_goes_on_from_the_one_before(
+    tokenizer: PreTrainedTokenizerFast, text_file: Path, reports: list[dict[str, Any]]
+) -> None:
+    """One step of distillation on the same windows: behind reconstructed blocks it starts from a smaller loss."""
+    step = QUICK | {"tokens": 128, "initialise": {"sequences": 16}}
+    for blocks in (QUICK["blocks"] | {"enabled": False}, QUICK["blocks"] | {"epochs": 6}):
+        quantize(teacher("opt"), METHOD, data=str(text_file), tokenizer=tokenizer, **(step | {"blocks": blocks}))
+    start, _, trained, first_step = (report["loss_first"] for report in reports)
+    assert trained == pytest.approx(start, rel=0.2)  # of the blocks
+    assert first_step < 0.9 * reports[1]["loss_first"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["llama", "opt"])
 def test_teachers_of_16_bits_from_shards(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bimos import BimosError
 from bimos.config import RunConfig
 from bimos.methods import method_config
 from bimos.models import convertible_linears
@@ -129,6 +130,12 @@ def test_a_budget_too_small_for_the_start_still_ends(tmp_path: Path, windows: Te
 
 def test_epochs_end_a_budget_of_plenty(tmp_path: Path, windows: Tensor) -> None:
     assert reconstruct(tmp_path, windows, config(epochs=2), 3600.0)["tokens"] == 2 * 128
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_line(tmp_path: Path, windows: Tensor) -> None:
+    with pytest.raises(BimosError, match=r"block 0: .* not finite.*blocks\.lr_latent"):
+        reconstruct(tmp_path, windows, config(lr_latent=0.0, lr_scale=1e30))
+    assert not contents(tmp_path)
 
 
 def test_what_is_skipped_stays_dense(tmp_path: Path, windows: Tensor) -> None:

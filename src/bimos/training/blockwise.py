@@ -10,6 +10,7 @@ at the first one missing, after sending both streams through the blocks that are
 from __future__ import annotations
 
 import copy
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bimos.config import RunConfig
+from bimos.errors import BimosError
 from bimos.methods.base import MethodConfig
 from bimos.models import convertible_linears, decoder_blocks
 from bimos.training.budget import Budget, schedule
@@ -150,6 +152,8 @@ def _reconstruct(
             optimizer.zero_grad(set_to_none=True)
             budget.spent_tokens += size * length
             losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise BimosError(f"block {index}: the loss is not finite; lower blocks.lr_latent and blocks.lr_scale; start anew")
             progress.tick(size * length, loss=losses[-1])
             if budget.progress() >= 1:
                 break
