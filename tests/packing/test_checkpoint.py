@@ -186,12 +186,18 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 import bimos
 from bimos.packing import checkpoint
 from bimos.packing.checkpoint import save_packed
+from bimos.packing.integrity import verify
 directory, other = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(other)
+
+def same(saved, path):  # tensors, not bytes: the order of metadata in a safetensors file is random
+    tensors = load_file(path)
+    return tensors.keys() == saved.keys() and all(torch.equal(tensors[name], saved[name]) for name in tensors)
 
 def save(kill_at):
     steps = 0
@@ -219,9 +225,10 @@ for kill_at in range(1, 100):
         save(kill_at)
         os._exit(0)
     _, status = os.waitpid(child, 0)
-    digest = (Path(directory) / "model.safetensors").read_bytes()
-    print(kill_at, os.WTERMSIG(status), "old" if digest == Path(directory + ".copy").read_bytes() else
-          "new" if digest == (Path(other) / "model.safetensors").read_bytes() else "neither",
+    verify(directory)
+    saved = load_file(Path(directory) / "model.safetensors")
+    print(kill_at, os.WTERMSIG(status), "old" if same(saved, Path(directory + ".copy")) else
+          "new" if same(saved, Path(other) / "model.safetensors") else "neither",
           sorted(p.name for p in Path(directory).iterdir()) == sorted(p.name for p in Path(other).iterdir()), flush=True)
     if os.WIFEXITED(status):
         break
