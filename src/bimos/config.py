@@ -19,8 +19,9 @@ from bimos.errors import BimosError
 class InitialiseConfig:
     """Stage 1: signs and scales that fit the teacher's weights, weighted by what its linears see."""
 
-    sequences: int = 32  # calibration sequences behind the input statistics
+    sequences: int = 128  # calibration sequences behind the input statistics
     activation_aware: bool = True  # hand the statistics to the method; False: it sees the weights alone
+    refit: bool = True  # first refit each linear to the teacher's answers on the student's inputs
 
 
 @dataclasses.dataclass
@@ -28,7 +29,7 @@ class BlocksConfig:
     """Stage 2: reconstruct each decoder block from the student's own inputs."""
 
     enabled: bool = True
-    tokens: int = 49_152  # calibration tokens, streamed through every block
+    tokens: int = 32_768  # calibration tokens, streamed through every block
     epochs: int = 2
     batch_size: int = 4  # sequences
     lr_latent: float = 4.0e-3
@@ -44,7 +45,7 @@ class DistillConfig:
     enabled: bool = True
     batch_size: int = 2  # sequences a step
     accumulate: int = 1  # steps whose gradients are added up
-    lr_latent: float = 7.0e-4
+    lr_latent: float = 5.0e-4
     lr_scale: float = 6.0e-4
     lr_router: float = 1.0e-4
     train: Literal["all", "scales"] = "all"  # `scales`: latents stay as they are

@@ -204,3 +204,28 @@ def test_equal_tokens_are_no_trouble() -> None:
     layer = start(nn.Linear(48, 29), InputStatistics(sample.square().mean(0), sample), num_experts=4)
     assert all(torch.isfinite(parameter).all() for parameter in layer.parameters())
     assert torch.isfinite(layer(sample)).all()
+
+
+def with_gram(statistics: InputStatistics) -> InputStatistics:
+    sample = statistics.sample
+    return InputStatistics(statistics.second_moment, sample, sample.T @ sample / len(sample))
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+def test_known_correlations_make_a_better_start(experts: int) -> None:
+    linear, statistics = nn.Linear(48, 64), correlated_inputs(48)
+    expected = linear(statistics.sample)
+    plain = start(linear, statistics, num_experts=experts)
+    informed = start(linear, with_gram(statistics), num_experts=experts)
+    off = start(linear, with_gram(statistics), num_experts=experts, compensation=0)
+    errors = [(layer(statistics.sample) - expected).square().mean().item() for layer in (plain, informed, off)]
+    assert errors[1] < 0.5 * errors[0] and errors[2] == errors[0]
+    assert informed.weight.abs().mean().item() == pytest.approx(0.25, rel=0.01)
+    assert informed.weight.abs().max() < 20 * informed.weight.abs().mean()
+
+
+def test_experts_fit_their_tokens_better_than_one_pair_of_scales() -> None:
+    linear, statistics = nn.Linear(48, 64), with_gram(correlated_inputs(48))
+    one, four = (start(linear, statistics, num_experts=experts) for experts in (1, 4))
+    errors = [(layer(statistics.sample) - linear(statistics.sample)).square().mean().item() for layer in (one, four)]
+    assert errors[1] < 0.97 * errors[0]

@@ -39,10 +39,12 @@ class InputStatistics:
     Attributes:
         second_moment: `E[x_j^2]`, float32 `[in]`.
         sample: some input vectors, float32 `[n, in]`, from which experts find their clusters. May be empty.
+        gram: `E[x x^T]`, float32 `[in, in]`, of which `second_moment` is the diagonal; None where it is not known.
     """
 
     second_moment: Tensor
     sample: Tensor
+    gram: Tensor | None = None
 
     @classmethod
     def uninformed(cls, in_features: int) -> Self:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bimos.errors import BimosError
 from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, register, require_multiple_of_8
+from bimos.methods.compensation import Fit, compensated_fit
 from bimos.methods.ste import compute_dtype, sign_ste, weighted_rank_one
 from bimos.packing.format import pack_signs
 
@@ -53,21 +54,32 @@ class BinaryMoSLinear(TrainableLinear):
         clusters = None
         if config.distinct_experts and experts > 1 and len(sample) >= 8 * experts:
             clusters = _cluster(sample, experts, generator)
-        fits = []
-        for expert in range(experts):
-            second_moment = statistics.second_moment
+        if statistics.gram is not None and config.compensation:
+            fit = compensated_fit(weight, statistics.gram, config.compensation, config.iterations)
+            rows, columns, decision = fit.row.expand(experts, -1), fit.column.expand(experts, -1), fit.decision
             if clusters is not None:
-                # Half the cluster's own statistics: a small cluster must not forget what all tokens have in common.
-                second_moment = (second_moment + sample[clusters.labels == expert].square().mean(0)) / 2
-            fits.append(weighted_rank_one(weight.abs(), second_moment, config.iterations))
+                rows = _expert_rows(weight, fit, sample, F.softmax(sample @ clusters.router.T, -1))
+        else:
+            fits = []
+            for expert in range(experts):
+                second_moment = statistics.second_moment
+                if clusters is not None:
+                    # Half the cluster's own statistics: a small cluster must not forget what all tokens have in common.
+                    second_moment = (second_moment + sample[clusters.labels == expert].square().mean(0)) / 2
+                fits.append(weighted_rank_one(weight.abs(), second_moment, config.iterations))
+            rows, columns, decision = torch.stack([r for r, _ in fits]), torch.stack([c for _, c in fits]), weight
         with torch.no_grad():
-            layer.scale_out.copy_(torch.stack([r for r, _ in fits]))
-            layer.scale_in.copy_(torch.stack([c for _, c in fits]))
-            layer.weight.copy_(weight)
+            layer.scale_out.copy_(rows)
+            layer.scale_in.copy_(columns)
+            layer.weight.copy_(decision)
             if config.latent_magnitude is not None:
                 # Divided by what the scales expect of it, every latent is as likely to flip as any other.
-                expected = fits[0][0][:, None] * fits[0][1][None, :]
-                layer.weight.div_(expected.clamp_min(1e-8)).mul_(config.latent_magnitude)
+                expected = rows.mean(0).abs()[:, None] * columns.mean(0)[None, :]
+                layer.weight.div_(expected.clamp_min(1e-8))
+                # Errors carried over make some decisions extreme; all should stay possible to undo.
+                most = 6 * layer.weight.abs().median()
+                layer.weight.clamp_(-most, most)
+                layer.weight.mul_(config.latent_magnitude / layer.weight.abs().mean().clamp_min(1e-8))
             if layer.router is not None:
                 if clusters is not None:
                     layer.router.copy_(clusters.router)
@@ -124,6 +136,7 @@ class BinaryMoSConfig(MethodConfig):
     layer: ClassVar[type[TrainableLinear]] = BinaryMoSLinear
 
     num_experts: int = 4
+    compensation: int = 3  # rounds in which signs make good each other's errors, where inputs are known; 0: signs of the weights
     iterations: int = 8  # of activation-weighted least squares for the scales; 0: rank-1 SVD of |W|
     distinct_experts: bool = True  # experts start from clusters of tokens
     latent_magnitude: float | None = 0.25  # mean |latent| at the start; None: the teacher's weights as they are
@@ -131,8 +144,9 @@ class BinaryMoSConfig(MethodConfig):
     def __post_init__(self) -> None:
         if self.num_experts < 1:
             raise BimosError(f"num_experts={self.num_experts}: BinaryMoS needs at least one expert")
-        if self.iterations < 0:
-            raise BimosError(f"iterations={self.iterations}: must be 0 or more")
+        for name in ("iterations", "compensation"):
+            if getattr(self, name) < 0:
+                raise BimosError(f"{name}={getattr(self, name)}: must be 0 or more")
         if self.latent_magnitude is not None and self.latent_magnitude <= 0:
             raise BimosError(f"latent_magnitude={self.latent_magnitude}: must be positive, or null for the teacher's weights as they are")
 
@@ -149,6 +163,19 @@ class BinaryMoSConfig(MethodConfig):
         if bias:
             layout["bias"] = StoredTensor((out_features,), torch.float16)
         return layout
+
+
+def _expert_rows(weight: Tensor, fit: Fit, sample: Tensor, gate: Tensor) -> Tensor:
+    """Output scales `[e, out]`: each row's least-squares mix over the sample `[n, in]`, gates `[n, e]` given; held to the shared scale."""
+    signs = torch.where(fit.decision >= 0, 1.0, -1.0)
+    product = (sample * fit.column) @ signs.T  # [n, out], to be scaled by the mix
+    residual = (sample @ weight.T - product * fit.row) * product
+    pairs = (gate[:, :, None] * gate[:, None, :]).flatten(1)  # [n, e*e]
+    energy = product.square()
+    normal = (energy.T @ pairs).unflatten(1, (gate.shape[1], -1))  # [out, e, e]
+    ridge = 0.1 * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+    normal = normal + ridge[:, None, None] * torch.eye(gate.shape[1], device=gate.device)
+    return fit.row + torch.linalg.solve(normal, residual.T @ gate).T
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,12 +23,13 @@ from bimos.errors import BimosError
 from bimos.methods.base import MethodConfig
 from bimos.models import convertible_linears, decoder_blocks
 from bimos.training.budget import Budget, schedule
+from bimos.training.initialise import initialise_block
 from bimos.training.losses import relative_error
 from bimos.training.memory import peak_bytes, reset_peak
 from bimos.training.optimizer import build_optimizer, set_rate
 from bimos.training.progress import Progress
-from bimos.training.streams import BlockCall, advance, batches, capture, embed, input_statistics
-from bimos.training.student import binarize, load_tensors, save_tensors
+from bimos.training.streams import BlockCall, advance, batches, capture, embed
+from bimos.training.student import binarize, load_tensors, save_tensors, trainable_layers
 
 
 def block_file(directory: Path, index: int) -> Path:
@@ -80,8 +81,10 @@ def reconstruct_blocks(
         else:
             start = time.monotonic()
             left = None if seconds is None else max(0.0, (seconds - worked) / (len(blocks) - index))
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
+            initialise_block(block, trainable, local, call, (stream, student_stream), size, method, config.initialise, generator)
             targets = advance(block, call, stream, size, out=stream)
-            entry = _reconstruct(trainable, local, call, student_stream, targets, method, config, index, left, start, progress)
+            entry = _reconstruct(trainable, index, call, student_stream, targets, config, generator, left, start, progress)
             entry["seconds"] = time.monotonic() - start
             trained = {name: tensor for name, tensor in trainable.state_dict().items() if _is_trained(trainable, name)}
             save_tensors(trained, path, {key: repr(value) for key, value in entry.items()})
@@ -109,13 +112,12 @@ def _is_trained(block: nn.Module, name: str) -> bool:
 
 def _reconstruct(
     block: nn.Module,
-    names: list[str],
+    index: int,
     call: BlockCall,
     inputs: Tensor,
     targets: Tensor,
-    method: MethodConfig,
     config: RunConfig,
-    index: int,
+    generator: torch.Generator,
     seconds: float | None,
     start: float,
     progress: Progress,
@@ -123,12 +125,7 @@ def _reconstruct(
     """Train one block in place; the errors of its first and last steps, and the tokens that it saw."""
     options, length = config.blocks, inputs.shape[1]
     size = min(options.batch_size, len(inputs))
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
-    statistics = {}
-    if config.initialise.activation_aware:
-        statistics = input_statistics(block, names, call, inputs, size, config.initialise.sequences)
-    binarize(block, names, method, statistics, generator)
-    if not names or not options.enabled:
+    if not options.enabled or not any(True for _ in trainable_layers(block)):
         error = _error(block, call, inputs, targets, size)
         return {"loss_first": error, "loss_last": error, "tokens": 0.0}
     optimizer = build_optimizer(

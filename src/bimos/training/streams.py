@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bimos.methods.base import InputStatistics
 from bimos.models import decoder_blocks
 
 
@@ -94,29 +93,3 @@ def advance(block: nn.Module, call: BlockCall, stream: Tensor, size: int, out: T
         for rows in batches(len(stream), size):
             out[rows] = call(block, stream[rows]).to(out.dtype)
     return out
-
-
-def input_statistics(
-    block: nn.Module, names: list[str], call: BlockCall, stream: Tensor, size: int, sequences: int
-) -> dict[str, InputStatistics]:
-    """Second moments and samples of what the linears `names` of `block` get to see on the stream's first `sequences`."""
-    moments: dict[str, Tensor] = {}
-    samples: dict[str, list[Tensor]] = {name: [] for name in names}
-    counts = dict.fromkeys(names, 0)
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple) -> None:
-            x = args[0].detach().flatten(0, -2).float()
-            moments[name] = moments.get(name, 0) + x.square().sum(0)
-            counts[name] += len(x)
-            samples[name].append(x[:: max(1, len(x) // 256)].clone())
-
-        return hook
-
-    hooks = [block.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
-    try:
-        advance(block, call, stream[: max(size, sequences - sequences % size)], size)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: InputStatistics(moments[name] / counts[name], torch.cat(samples[name])) for name in names}

@@ -1,0 +1,98 @@
+"""Signs and scales that fit a linear on inputs that are correlated, where one weight can make good what another lost.
+
+    minimise  sum_i (w_i - q_i) H (w_i - q_i)^T      q_ij = r_i s_ij c_j,  H = E[x x^T]
+
+Signs by GPTQ's column sweep (2210.17323, section 3.3): a column is binarized and its error is carried over to the columns
+still to come. Between sweeps the scales are refit to the signs by least squares, as in ARB-LLM (2410.03129).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bimos.methods.ste import weighted_rank_one
+
+DAMPING = 0.05  # of the mean of H's diagonal, added to it
+PANEL = 96  # columns whose updates are applied to the rest at once
+
+
+class Fit(NamedTuple):
+    """`row [out] * sign(decision [out, in]) * column [in]`; `decision` is what each sign was taken of, errors carried over included."""
+
+    row: Tensor
+    column: Tensor
+    decision: Tensor
+
+
+def compensated_fit(weight: Tensor, gram: Tensor, rounds: int, iterations: int) -> Fit:
+    """The best fit found in `rounds` sweeps, or the plain one (signs of the weights) if no sweep beats it.
+
+    Args:
+        weight: float32 `[out, in]`.
+        gram: `H`, float32 `[in, in]`, symmetric and positive semi-definite.
+        rounds: sweeps over all columns.
+        iterations: of the alternating least squares behind the first scales.
+    """
+    gram = gram / gram.diagonal().mean().clamp_min(1e-30)
+    row, column = weighted_rank_one(weight.abs(), gram.diagonal(), iterations)
+    best = Fit(row, column, weight)
+    least = _error(weight, best, gram)
+    damped = gram + DAMPING * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    order = damped.diagonal().argsort(descending=True)  # inputs that matter most first, while there are others to mend them
+    back = order.argsort()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    for _ in range(rounds):
+        decision = _sweep(weight[:, order], factor, row, column[order])[:, back]
+        row, column, decision = _refit(weight, damped, decision, row, column)
+        fit = Fit(row, column, decision)
+        error = _error(weight, fit, gram)
+        if error < least:
+            best, least = fit, error
+    return best
+
+
+def _signs(decision: Tensor) -> Tensor:
+    return torch.where(decision >= 0, 1.0, -1.0)
+
+
+def _error(weight: Tensor, fit: Fit, gram: Tensor) -> float:
+    difference = weight - fit.row[:, None] * _signs(fit.decision) * fit.column
+    return ((difference @ gram) * difference).sum().item()
+
+
+def _sweep(weight: Tensor, factor: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """What the sign of each weight is taken of. `factor`: the upper Cholesky factor of `H^-1`, columns in the order of the sweep."""
+    weight = weight.clone()
+    width = weight.shape[1]
+    for start in range(0, width, PANEL):
+        end = min(width, start + PANEL)
+        panel, local = weight[:, start:end], factor[start:end, start:end]
+        errors = torch.empty_like(panel)
+        for j in range(end - start):
+            value = panel[:, j]
+            scale = row * column[start + j]
+            error = (value - torch.where(value >= 0, scale, -scale)) / local[j, j]
+            errors[:, j] = error
+            panel[:, j + 1 :].addr_(error, local[j, j + 1 :], alpha=-1)
+        weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
+    return weight
+
+
+def _refit(weight: Tensor, gram: Tensor, decision: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales by alternating least squares for fixed signs; none comes out negative (its signs are turned round instead)."""
+    signs = _signs(decision)
+    product = weight @ gram
+    for _ in range(2):
+        scaled = signs * column
+        row = (product * scaled).sum(1) / ((scaled @ gram) * scaled).sum(1).clamp_min(1e-30)
+        scaled = signs * row[:, None]
+        normal = gram * (scaled.T @ scaled)
+        # Held a little to the scales before: a column that no input excites would otherwise be arbitrary.
+        ridge = 0.01 * (normal.diagonal() + normal.diagonal().mean()).clamp_min(1e-30)
+        column = torch.linalg.solve(normal + ridge.diag(), (scaled * product).sum(0) + ridge * column)
+    turned = torch.where(column < 0, -1.0, 1.0) * torch.where(row < 0, -1.0, 1.0)[:, None]
+    return row.abs(), column.abs(), decision * turned

@@ -1,0 +1,94 @@
+"""Signs and scales for correlated inputs."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from bimos.methods.compensation import Fit, _error, compensated_fit
+from bimos.methods.ste import weighted_rank_one
+
+
+def correlated_gram(width: int, rank: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(512, rank, generator=generator) @ torch.randn(rank, width, generator=generator)
+    x = x + 0.3 * torch.randn(512, width, generator=generator)
+    return x.T @ x / len(x)
+
+
+def matrix(fit: Fit) -> Tensor:
+    return fit.row[:, None] * torch.where(fit.decision >= 0, 1.0, -1.0) * fit.column
+
+
+def output_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
+    difference = (weight - approximation).double()
+    return ((difference @ gram.double()) * difference).sum().item()
+
+
+@pytest.mark.parametrize("shape", [(29, 48), (8, 200), (130, 97), (1, 8)])  # 97, 200: panels that are not full
+def test_beats_the_signs_of_the_weights(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    gram = correlated_gram(shape[1], max(2, shape[1] // 4))
+    row, column = weighted_rank_one(weight.abs(), gram.diagonal(), 8)
+    plain = output_error(weight, row[:, None] * weight.sign() * column, gram)
+    assert output_error(weight, matrix(compensated_fit(weight, gram, 3, 8)), gram) < (0.5 if min(shape) > 1 else 1.01) * plain
+
+
+def test_no_rounds_is_the_plain_fit() -> None:
+    weight, gram = torch.randn(12, 16), correlated_gram(16, 4)
+    fit = compensated_fit(weight, gram, 0, 8)
+    assert torch.equal(fit.decision, weight)
+    torch.testing.assert_close((fit.row, fit.column), weighted_rank_one(weight.abs(), gram.diagonal(), 8))
+
+
+def test_more_rounds_are_never_worse() -> None:
+    weight, gram = torch.randn(40, 64, generator=torch.Generator().manual_seed(3)), correlated_gram(64, 9)
+    errors = [output_error(weight, matrix(compensated_fit(weight, gram, rounds, 8)), gram) for rounds in range(5)]
+    assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(errors)), errors
+
+
+def test_near_the_best_signs_of_a_small_matrix() -> None:
+    """Against every combination of signs, with the scales refit to each."""
+    generator = torch.Generator().manual_seed(5)
+    gram = correlated_gram(8, 3)
+    ratios = []
+    for _ in range(6):
+        weight = torch.randn(1, 8, generator=generator)
+        found = output_error(weight, matrix(compensated_fit(weight, gram, 4, 8)), gram)
+        fit = compensated_fit(weight, gram, 4, 8)
+        every = []
+        for signs in itertools.product((-1.0, 1.0), repeat=8):
+            candidate = torch.tensor([signs]) * fit.column
+            scale = ((weight @ gram) * candidate).sum() / ((candidate @ gram) * candidate).sum()
+            every.append(output_error(weight, scale * candidate, gram))
+        plain = output_error(weight, fit.column * weight.abs().mean() / fit.column.mean() * weight.sign(), gram)
+        ratios.append((found - min(every)) / (plain - min(every)))
+    assert sum(ratios) / len(ratios) < 0.5, ratios  # more than half of what there is to gain
+
+
+def test_uncorrelated_inputs_leave_nothing_to_mend() -> None:
+    weight = torch.randn(20, 24, generator=torch.Generator().manual_seed(6))
+    fit = compensated_fit(weight, torch.eye(24), 3, 8)
+    assert torch.equal(fit.decision >= 0, weight >= 0)
+
+
+def test_scale_of_inputs_and_dead_inputs() -> None:
+    weight, gram = torch.randn(20, 24, generator=torch.Generator().manual_seed(7)), correlated_gram(24, 5)
+    one, large = (matrix(compensated_fit(weight, factor * gram, 2, 8)) for factor in (1.0, 1e6))
+    torch.testing.assert_close(one, large, rtol=1e-3, atol=1e-4)
+    gram[:, 3] = gram[3] = 0
+    weight[4] = 0
+    for moments in (gram, torch.zeros(24, 24)):
+        fit = compensated_fit(weight, moments, 2, 8)
+        assert all(torch.isfinite(part).all() for part in fit)
+        assert (fit.row >= 0).all() and (fit.column >= 0).all()
+
+
+def test_error_is_that_of_outputs() -> None:
+    weight, x = torch.randn(6, 8), torch.randn(32, 8)
+    fit = Fit(torch.rand(6), torch.rand(8), torch.randn(6, 8))
+    expected = (x @ (weight - matrix(fit)).T).square().sum().item() / 32
+    assert _error(weight, fit, x.T @ x / 32) == pytest.approx(expected, rel=1e-4)
