@@ -77,3 +77,13 @@ def text_file(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
     path = tmp_path_factory.mktemp("texts") / "river.txt"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, teacher_directory: Path, text_file: Path) -> tuple[dict[str, Any], Path]:
+    """A run that went well: its result and its directory. Tests leave it as it is."""
+    from bimos.quantize import run
+    from running import config
+
+    output = tmp_path_factory.mktemp("finished") / "model"
+    return run(str(teacher_directory), output, config(text_file, tokens=4096), evaluate=[str(text_file)]), output

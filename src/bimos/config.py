@@ -112,6 +112,8 @@ class RunConfig:
                 value = getattr(getattr(self, section) if section else self, key)
                 if value is not None and not (math.isfinite(value) and holds(value)):
                     raise BimosError(f"{name}={value}: must be {must}")
+        if self.tokens is not None and not self.distill.enabled:
+            raise BimosError(f"tokens={self.tokens} are the budget of distillation, which is off; set blocks.tokens, or give --minutes")
         if self.distill.teacher == "cached" and self.tokens is None and self.distill.distinct_tokens is None:
             raise BimosError("distill.teacher=cached: say how much text to cache, with --set distill.distinct_tokens=N or --tokens N")
         if not 0 <= self.seed < 2**32:
@@ -196,8 +198,11 @@ def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         return _convert(next(a for a in arguments if a is not type(None)), value, source, key)
-    if origin in (list, dict):
-        if isinstance(value, origin):
+    if origin is list:
+        if isinstance(value, list) and all(isinstance(entry, arguments[0]) for entry in value):
+            return value
+    elif origin is dict:
+        if isinstance(value, dict):
             return value
     elif hint is bool:
         if isinstance(value, bool):

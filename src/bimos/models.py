@@ -109,9 +109,12 @@ def load_teacher(model: str | Path, dtype: torch.dtype | None = None) -> tuple[P
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: shapes without memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    """The model on the meta device: shapes without memory. Raises BimosError if it is no causal language model."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except ValueError:  # an encoder, say
+        raise BimosError(f"a model of type '{config.model_type}' is no causal language model; there is nothing to binarize") from None
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -7,6 +7,7 @@ cache, one file per finished block and the distillation's checkpoints. It is del
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel
@@ -40,6 +42,7 @@ from bimos.training.data import TokenStream
 from bimos.training.estimate import peak_memory
 from bimos.training.memory import peak_bytes, reset_peak
 from bimos.training.progress import Progress
+from bimos.training.sources import parse_sources
 from bimos.training.student import uninitialised_student
 from bimos.training.teacher import TopKCache
 from bimos.training.trainer import NumberedWindows, distill
@@ -93,14 +96,16 @@ def quantize(
         teacher, found = load_teacher(model)
         tokenizer = tokenizer or found
     _check_fit(teacher, method, config)
-    was_training = teacher.training
+    dtype, was_training = teacher.dtype, teacher.training
+    if dtype == torch.float16:  # gradients of a loss per token vanish in it
+        teacher = copy.deepcopy(teacher).to(torch.bfloat16)  # type: ignore[arg-type]
     teacher.eval()  # what it says must not depend on dropout
     try:
         with tempfile.TemporaryDirectory(prefix="bimos-") as work:
             student, _ = _train(teacher, tokenizer, config, Path(work), console)
     finally:
         teacher.train(was_training)
-    return pack_model(student, method=config.method, options=method.to_dict(), embedding_bits=config.embedding_bits, dtype=teacher.dtype)
+    return pack_model(student, method=config.method, options=method.to_dict(), embedding_bits=config.embedding_bits, dtype=dtype)
 
 
 def run(
@@ -129,13 +134,9 @@ def run(
     output = Path(output).expanduser()
     work = output / WORK
     _settle(output)
-    if Path(model).expanduser().exists() and output.resolve() in (
-        Path(model).expanduser().resolve(),
-        *Path(model).expanduser().resolve().parents,
-    ):
-        raise BimosError(f"output '{output}' holds the model '{model}' and would replace it; name another directory")
-    if config is None and resume:
-        config = RunConfig.from_dict(_read_run(output)["config"], str(work / "run.json"))
+    if resume:
+        evaluate = evaluate or _read_run(output)["evaluate"]
+        config = config or RunConfig.from_dict(remembered(output), str(work / "run.json"))
     config = dataclasses.replace(config or RunConfig())
     if config.tokens is None and config.minutes is None:
         config.minutes = DEFAULT_MINUTES
@@ -144,21 +145,26 @@ def run(
         raise BimosError("no training text: give --data a txt, jsonl or parquet file, a Hub dataset, or 'self'")
     for name in evaluate:
         load_text(name)  # before the work, not after it
+    if not resume:
+        texts = [file for source in parse_sources(config.data) for file in source.files]
+        check_output(output, overwrite, [model, *texts, *evaluate])
     if resume:
         _check_same_run(output, _read_run(output), str(model), config)
     else:
-        check_output(output, overwrite)
         if work.exists() and not (work / "run.json").exists():
             raise BimosError(f"'{work}' is where the run would keep its work, and holds something else; name another output directory")
     teacher, tokenizer = load_teacher(model)
     _check_fit(teacher, method, config)
-    facts = {"model": str(model), "weights": _fingerprint(teacher), "config": config.to_dict()}
+    facts = {"model": str(model), "weights": _fingerprint(teacher), "config": config.to_dict(), "evaluate": list(evaluate)}
     if resume and _read_run(output)["weights"] != facts["weights"]:
         raise BimosError(f"'{model}' has other weights than the run in '{output}' was started with; start anew with --overwrite")
     if not resume:
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True, exist_ok=True)
-        write_json(work / "run.json", facts)
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BimosError(f"cannot write to '{output}': {error.strerror}; name another output directory") from None
+    write_json(work / "run.json", facts)
     try:
         student, stages = _train(teacher, tokenizer, config, work, console, started=began)
     except BimosError:
@@ -316,22 +322,35 @@ def _read_run(output: Path) -> dict[str, Any]:
     if not path.exists():
         done = " (the run there is finished)" if (output / "result.json").exists() else ""
         raise BimosError(f"nothing to resume in '{output}'{done}; start without --resume")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise BimosError(f"'{path}' is damaged; start anew with --overwrite") from None
+    with contextlib.suppress(ValueError):
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(known, dict) and {"model", "weights", "config", "evaluate"} <= known.keys():
+            return known
+    raise BimosError(f"'{path}' is damaged; start anew with --overwrite")
+
+
+def remembered(output: str | Path) -> dict[str, Any]:
+    """The config that the unfinished run in `output` was started with. Raises BimosError: there is none."""
+    output = Path(output).expanduser()
+    _settle(output)
+    return _read_run(output)["config"]  # type: ignore[no-any-return]
 
 
 def _check_same_run(output: Path, known: dict[str, Any], model: str, config: RunConfig) -> None:
-    if known["model"] != model:
+    if known["model"] != model and not _same_path(known["model"], model):
         raise BimosError(f"the run in '{output}' is of model '{known['model']}', not '{model}'; name that model, or use --overwrite")
     before, now = _flat(known["config"]), _flat(json.loads(json.dumps(config.to_dict())))
+    begun = any((output / WORK / "distill").glob("checkpoint-*"))
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
+        if before.get(key) != now.get(key) and (begun or not key.startswith("distill.")):
             raise BimosError(
                 f"the run in '{output}' was started with {key}={before.get(key)}, now it is {now.get(key)}; "
                 "give the same options (none: they are remembered) or use --overwrite"
             )
+
+
+def _same_path(a: str, b: str) -> bool:
+    return Path(a).expanduser().exists() and Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
 
 
 def _check_same_text(stream: TokenStream, path: Path) -> None:

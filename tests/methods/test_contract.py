@@ -36,9 +36,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 }
 SHAPES = [(8, 1), (24, 5), (40, 33), (64, 48)]  # in, out: in is a multiple of 8, out of nothing
 CASES = [
-    pytest.param(name, options, id=f"{name}-{i}")
-    for name in available_methods()
-    for i, options in enumerate([{}, *OPTIONS.get(name, [])])
+    pytest.param(name, options, id=f"{name}-{i}") for name in available_methods() for i, options in enumerate([{}, *OPTIONS.get(name, [])])
 ]
 
 over_methods = pytest.mark.parametrize(("name", "options"), CASES)
@@ -239,7 +237,7 @@ def test_options_survive_json(name: str, options: dict[str, Any]) -> None:
     assert method_config(name, json.loads(json.dumps(config.to_dict()))) == config
 
 
-THIRD_PARTY = '''
+THIRD_PARTY = """
 import dataclasses
 from typing import ClassVar
 
@@ -252,7 +250,7 @@ from bimos.methods.sign import SignConfig
 class EightConfig(SignConfig):
     name: ClassVar[str] = "eight"
     group_size: int | None = 8
-'''
+"""
 
 
 @pytest.fixture

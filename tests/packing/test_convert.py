@@ -128,6 +128,9 @@ def test_unreadable_sources(tmp_path: Path, release: Any) -> None:
     source, _ = release("mistral", 2)
     with pytest.raises(BimosError, match="is not empty"):
         convert(source, source)
+    for output in (source, source.parent):
+        with pytest.raises(BimosError, match="which is read"):
+            convert(source, output, overwrite=True)
     (source / "model.safetensors").write_bytes(b"short")
     with pytest.raises(BimosError, match="truncated or corrupt"):
         convert(source, tmp_path / "out")

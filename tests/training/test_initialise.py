@@ -18,13 +18,10 @@ from bimos.training.initialise import Group, execution_groups, initialise_block
 from bimos.training.streams import advance, capture, embed
 from bimos.training.student import trainable_layers
 
-LLAMA = LlamaConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, attention_bias=True
-)
-OPT = OPTConfig(
-    vocab_size=64, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64
-)
-NEOX = GPTNeoXConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, attention_bias=True)
+OPT = OPTConfig(**SIZES, word_embed_proj_dim=32, ffn_dim=48, max_position_embeddings=64)
+NEOX = GPTNeoXConfig(**SIZES, intermediate_size=48)
 
 
 def setting(config: Any, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, nn.Module, list[str], Any, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import shutil
@@ -18,12 +19,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from bimos import BimosError
 from bimos.config import DistillConfig
 from bimos.methods import method_config
+from bimos.models import convertible_linears
 from bimos.training import trainer as module
 from bimos.training.blockwise import load_blocks
 from bimos.training.budget import Budget
 from bimos.training.optimizer import build_optimizer
 from bimos.training.progress import Progress
-from bimos.training.student import uninitialised_student
+from bimos.training.student import binarize
 from bimos.training.teacher import TopKCache
 from bimos.training.trainer import COMPLETE, Distillation, NumberedWindows, checkpoints, distill
 
@@ -82,7 +84,10 @@ def run(
 
 
 def student_of(teacher: PreTrainedModel) -> PreTrainedModel:
-    return uninitialised_student(teacher, METHOD, [])  # type: ignore[return-value]
+    """At the start that knows of no inputs, the same every time."""
+    student = copy.deepcopy(teacher)
+    binarize(student, list(convertible_linears(student)), METHOD, {}, torch.Generator().manual_seed(0))
+    return student
 
 
 def copy_of(model: nn.Module) -> dict[str, Tensor]:

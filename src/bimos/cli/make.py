@@ -62,16 +62,16 @@ def quantize(
     given = {key: value for key, value in given.items() if value is not None}
     if "tokens" in given or "minutes" in given:
         given = {"tokens": None, "minutes": None} | given  # a budget given here replaces the file's, in whichever unit
-    values = override(read_yaml(config) if config else {}, assignments or []) | given
-    # An interrupted run remembers its options: without any here, it goes on with those.
-    run_config = None if resume and not values else RunConfig.from_dict(values, str(config) if config else "options")
-
     quiet()
-    from bimos.quantize import plan, run
+    from bimos.quantize import plan, remembered, run
+
+    # An interrupted run remembers its options; what is given here is compared with those.
+    base = read_yaml(config) if config else remembered(output) if resume and output else {}
+    run_config = RunConfig.from_dict(override(base, assignments or []) | given, str(config) if config else "options")
 
     out = console(json)
     if dry_run or output is None:
-        result = plan(model, run_config or RunConfig())
+        result = plan(model, run_config)
         show.plan(out, result)
     else:
         texts = show.split(ppl)

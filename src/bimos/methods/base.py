@@ -79,7 +79,8 @@ class TrainableLinear(nn.Module):
     up to the rounding of the scales to their stored precision.
     """
 
-    def __init__(self, in_features: int, out_features: int, config: MethodConfig) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, config: Any) -> None:
+        """Parameters of the right shapes; their values do not matter."""
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features

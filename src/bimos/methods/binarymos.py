@@ -36,7 +36,7 @@ class BinaryMoSLinear(TrainableLinear):
     config: BinaryMoSConfig
 
     def __init__(self, in_features: int, out_features: int, bias: bool, config: BinaryMoSConfig) -> None:
-        super().__init__(in_features, out_features, config)
+        super().__init__(in_features, out_features, bias, config)
         experts = config.num_experts
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.scale_in = nn.Parameter(torch.ones(experts, in_features))
@@ -142,8 +142,8 @@ class BinaryMoSConfig(MethodConfig):
     latent_magnitude: float | None = 0.25  # mean |latent| at the start; None: the teacher's weights as they are
 
     def __post_init__(self) -> None:
-        if self.num_experts < 1:
-            raise BimosError(f"num_experts={self.num_experts}: BinaryMoS needs at least one expert")
+        if not 1 <= self.num_experts <= 256:
+            raise BimosError(f"num_experts={self.num_experts}: must be from 1 to 256")
         for name in ("iterations", "compensation"):
             if getattr(self, name) < 0:
                 raise BimosError(f"{name}={getattr(self, name)}: must be 0 or more")

@@ -32,7 +32,7 @@ class SignLinear(TrainableLinear):
     config: SignConfig
 
     def __init__(self, in_features: int, out_features: int, bias: bool, config: SignConfig) -> None:
-        super().__init__(in_features, out_features, config)
+        super().__init__(in_features, out_features, bias, config)
         shape = (out_features,) if config.group_size is None else (out_features, in_features // config.group_size)
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.scale = nn.Parameter(torch.ones(shape))

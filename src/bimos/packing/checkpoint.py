@@ -12,7 +12,7 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -32,17 +32,24 @@ _CHECKPOINT_FOLDERS = {"additional_chat_templates"}
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def check_output(directory: str | Path, overwrite: bool = False) -> Path:
+def check_output(directory: str | Path, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> Path:
     """The directory to write, if it may be written. Call it before work starts whose result goes there.
 
+    Args:
+        inputs: what the work reads; names that are no paths are no matter.
+
     Raises:
-        BimosError: it is a file, it holds something and `overwrite` is false, or it cannot be replaced.
+        BimosError: it is a file, it holds something and `overwrite` is false, it holds an input, or it cannot be replaced.
     """
     path = Path(directory).expanduser().resolve()
     if path.exists() and not path.is_dir():
         raise BimosError(f"output '{directory}' is a file; name a directory")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise BimosError(f"output directory '{directory}' is not empty; use another or --overwrite")
+    for entry in inputs:
+        known = Path(entry).expanduser()
+        if known.exists() and path in (known.resolve(), *known.resolve().parents):
+            raise BimosError(f"output '{directory}' holds '{entry}', which is read, and would replace it; name another directory")
     if os.path.ismount(path):
         raise BimosError(
             f"output directory '{directory}' is a mount point, which cannot be replaced in one step; name a directory inside it"

@@ -55,7 +55,7 @@ def convert(source: str | Path, directory: str | Path, *, embedding_bits: int = 
     Raises:
         BimosError: not such a checkpoint, an incomplete one, or `directory` cannot be written.
     """
-    check_output(directory, overwrite)
+    check_output(directory, overwrite, [source])
     values = read_config(source)
     experts = values.get("num_expert")
     if not isinstance(experts, int):
@@ -123,7 +123,7 @@ def unpack(
     Raises:
         BimosError: not a packed checkpoint, several experts without `approximate`, or `output` cannot be written.
     """
-    check_output(output, overwrite)
+    check_output(output, overwrite, [directory])
     if not is_packed(directory):
         raise BimosError(f"'{directory}' is not a packed checkpoint; there is nothing to unpack")
     packed = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype)

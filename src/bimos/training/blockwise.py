@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bimos.config import RunConfig
@@ -29,7 +30,7 @@ from bimos.training.memory import peak_bytes, reset_peak
 from bimos.training.optimizer import build_optimizer, set_rate
 from bimos.training.progress import Progress
 from bimos.training.streams import BlockCall, advance, batches, capture, embed
-from bimos.training.student import binarize, load_tensors, save_tensors, trainable_layers
+from bimos.training.student import load_tensors, load_trained, replace_empty, save_tensors, trainable_layers
 
 
 def block_file(directory: Path, index: int) -> Path:
@@ -42,7 +43,7 @@ def load_blocks(student: nn.Module, directory: Path) -> None:
     _, blocks = decoder_blocks(student)
     for index, block in enumerate(blocks):
         tensors, _ = load_tensors(block_file(directory, index))
-        block.load_state_dict(tensors, strict=False)
+        load_trained(block, tensors)
 
 
 def reconstruct_blocks(
@@ -72,12 +73,13 @@ def reconstruct_blocks(
         local = [name for number, name in names if int(number) == index]
         trainable = copy.deepcopy(block)
         path = block_file(directory, index)
-        if path.exists():
-            binarize(trainable, local, method, {}, torch.Generator().manual_seed(0))
-            tensors, metadata = load_tensors(path)
-            trainable.load_state_dict(tensors, strict=False)
-            entry = {key: float(metadata[key]) for key in ("loss_first", "loss_last", "seconds", "tokens")}
+        found = _finished(path)
+        if found is not None:
+            tensors, entry = found
+            replace_empty(trainable, local, method)
+            load_trained(trainable, tensors)
             advance(block, call, stream, size, out=stream)
+            advance(trainable, call, student_stream, size, out=student_stream)
         else:
             start = time.monotonic()
             left = None if seconds is None else max(0.0, (seconds - worked) / (len(blocks) - index))
@@ -85,10 +87,10 @@ def reconstruct_blocks(
             initialise_block(block, trainable, local, call, (stream, student_stream), size, method, config.initialise, generator)
             targets = advance(block, call, stream, size, out=stream)
             entry = _reconstruct(trainable, index, call, student_stream, targets, config, generator, left, start, progress)
+            advance(trainable, call, student_stream, size, out=student_stream)
             entry["seconds"] = time.monotonic() - start
             trained = {name: tensor for name, tensor in trainable.state_dict().items() if _is_trained(trainable, name)}
             save_tensors(trained, path, {key: repr(value) for key, value in entry.items()})
-        advance(trainable, call, student_stream, size, out=student_stream)
         worked += entry["seconds"]
         trained_tokens += entry["tokens"]
         history.append({"block": index, **entry})
@@ -103,6 +105,17 @@ def reconstruct_blocks(
         "loss_last": sum(entry["loss_last"] for entry in history) / len(history),
         "blocks": history,
     }
+
+
+def _finished(path: Path) -> tuple[dict[str, Tensor], dict[str, float]] | None:
+    """What a finished block's file holds; None if there is none that is whole."""
+    if not path.exists():
+        return None
+    try:
+        tensors, metadata = load_tensors(path)
+        return tensors, {key: float(metadata[key]) for key in ("loss_first", "loss_last", "seconds", "tokens")}
+    except (SafetensorError, KeyError, ValueError):
+        return None  # damaged: the block is done again
 
 
 def _is_trained(block: nn.Module, name: str) -> bool:

@@ -12,15 +12,16 @@ from bimos.training.losses import CHUNK_BYTES
 
 RUNTIME = 450 * 2**20  # Python, torch and transformers, before any model
 LATENT = 4 * 4  # float32 latent, gradient and two Adam moments
+MOMENTS, COPIES = 8, 8  # float32 matrices [in, in] and [out, in] that error compensation holds
 SIGNS = 2 + 2  # bfloat16 signs, kept for the backward pass, and their gradient
 
 
 def peak_memory(model: nn.Module, config: RunConfig) -> dict[str, int]:
     """Bytes at the peak of each stage that the config asks for.
 
-    The teacher is held in 16 bits. Stage 2 adds one block in training and two streams of hidden states; stage 3 adds every
-    block in training and the activations of a step. Activations are counted per linear (input, scaled input, both scales,
-    product: what autograd keeps), in 16 bits.
+    The teacher is held in 16 bits. Stages 1 and 2 add two streams of hidden states and one block, in training or (whichever
+    is more) with the matrices behind the start of its widest linear; stage 3 adds every block in training and the activations of a
+    step. Activations are counted per linear (input, scaled input, both scales, product: what autograd keeps), in 16 bits.
 
     Args:
         model: may be on the meta device.
@@ -33,12 +34,19 @@ def peak_memory(model: nn.Module, config: RunConfig) -> dict[str, int]:
     hidden = settings.hidden_size
     kept = sum(2 * (3 * m.in_features + 3 * m.out_features) for m in linears.values())  # bytes a token
     kept += len(blocks) * 2 * 12 * hidden  # norms, residuals, attention
-    per_block_step = kept // len(blocks) * config.blocks.batch_size * config.sequence_length
-    streams = 2 * 2 * hidden * max(config.blocks.tokens, config.blocks.batch_size * config.sequence_length)
-    stages = {"blocks": RUNTIME + weights + (LATENT + SIGNS) * latent // len(blocks) + streams + per_block_step}
+    tokens = config.blocks.tokens if config.blocks.enabled else config.initialise.sequences * config.sequence_length
+    streams = 2 * 2 * hidden * max(tokens, config.blocks.batch_size * config.sequence_length)
+    block = 4 * latent // len(blocks)  # its latents
+    training = starting = 0
+    if config.blocks.enabled:
+        training = (LATENT + SIGNS - 4) * latent // len(blocks)
+        training += kept // len(blocks) * config.blocks.batch_size * config.sequence_length
+    if config.initialise.activation_aware:
+        starting = max(4 * (MOMENTS * m.in_features**2 + COPIES * m.weight.numel()) for m in linears.values())
+    stages = {"blocks": RUNTIME + weights + streams + block + max(training, starting)}
     if config.distill.enabled:
         step = config.distill.batch_size * config.sequence_length
         state = (LATENT if config.distill.train == "all" else 4) + SIGNS
-        states = 2 * 2 * hidden * len(blocks) * step if config.distill.hidden_weight else 0
+        states = 2 * 2 * hidden * len(blocks) * step if config.distill.hidden_weight or config.distill.relative_weight else 0
         stages["distill"] = RUNTIME + weights + state * latent + kept * step + states + 6 * CHUNK_BYTES
     return stages

@@ -78,11 +78,6 @@ class Progress:
             self._bar.stop()
             self._bar = None
 
-    def note(self, text: str) -> None:
-        """A line for the user."""
-        if self._console is not None:
-            self._console.print(text)
-
     def _facts(self) -> str:
         facts = [] if math.isnan(self._loss) else [f"loss {self._loss:.4g}"]
         if len(self._recent) > 1:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bimos.errors import BimosError
 from bimos.methods.base import InputStatistics, MethodConfig, TrainableLinear
 from bimos.models import convertible_linears
 
@@ -39,14 +40,35 @@ def binarize(
 
 
 def uninitialised_student(teacher: nn.Module, config: MethodConfig, skip: list[str]) -> nn.Module:
-    """A copy of the teacher whose layers wait for `load_layers`. Frozen parts share the teacher's memory."""
+    """A copy of the teacher whose layers wait for `load_trained`. Frozen parts share the teacher's memory."""
     names = list(convertible_linears(teacher, skip))
     # Parameters of its own, on the same memory: what one trains (a norm, say) is taken out of the teacher's.
     memo: dict[int, object] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in teacher.parameters()}
     memo |= {id(buffer): buffer for buffer in teacher.buffers()}
     student = copy.deepcopy(teacher, memo)
-    binarize(student, names, config, {}, torch.Generator().manual_seed(0))
+    replace_empty(student, names, config)
     return student
+
+
+def replace_empty(module: nn.Module, names: list[str], config: MethodConfig) -> None:
+    """Replace the linears `names` of `module`, in place, by trainable layers that wait for their values."""
+    for name in names:
+        linear = module.get_submodule(name)
+        layer = config.layer(linear.in_features, linear.out_features, linear.bias is not None, config)  # type: ignore[arg-type]
+        module.set_submodule(name, layer.to(linear.weight.device))  # type: ignore[arg-type]
+
+
+def load_trained(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put saved parameters into `module`, in the dtype in which they were saved.
+
+    Raises:
+        BimosError: a name or shape that the module does not have.
+    """
+    parameters = dict(module.named_parameters())
+    for name, tensor in tensors.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise BimosError(f"the work saved does not fit this model ('{name}'); start anew with --overwrite")
+        parameters[name].data = tensor.to(parameters[name].device)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -55,13 +55,13 @@ class TopKCache:
         self.directory.mkdir(parents=True, exist_ok=True)
         facts = {"windows": self.windows, "length": self.length, "k": self.k, "vocabulary": self.vocabulary}
         about = self.directory / "cache.json"
-        if about.exists() and json.loads(about.read_text()) != facts:
+        if _read(about) not in (None, facts):
             raise BimosError(f"the logit cache in '{self.directory}' was made for another run; delete it")
         index_dtype = np.dtype(np.uint16 if self.vocabulary <= 65_536 else np.uint32)
         shape = (self.windows, self.length, self.k)
         needed = self.windows * self.length * self.k * (2 + index_dtype.itemsize)
         available = os.statvfs(self.directory)
-        if not about.exists() and needed > available.f_bavail * available.f_frsize:
+        if _read(about) is None and needed > available.f_bavail * available.f_frsize:
             raise BimosError(
                 f"the logit cache needs {needed / 2**30:.1f} GiB in '{self.directory}', which has less; "
                 "lower distill.top_k or use distill.teacher=live"
@@ -69,7 +69,7 @@ class TopKCache:
         self._value = self._open("values.bin", np.dtype(np.float16), shape)
         self._index = self._open("indices.bin", index_dtype, shape)
         self._filled = self._open("filled.bin", np.dtype(np.uint8), (self.windows,))
-        if not about.exists():  # last, and in one step: a cache that says what it is has all its files
+        if _read(about) is None:  # last, and in one step: a cache that says what it is has all its files
             aside = about.with_suffix(".partial")
             aside.write_text(json.dumps(facts))
             aside.replace(about)
@@ -101,3 +101,11 @@ class TopKCache:
         found = self.get(window)
         assert found is not None
         return found
+
+
+def _read(path: Path) -> object:
+    """What a JSON file holds; None if there is none that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -24,7 +24,7 @@ from bimos.training.budget import Budget, schedule
 from bimos.training.losses import hidden_state_loss, kl_from_hidden, kl_from_top_k, relative_error
 from bimos.training.optimizer import build_optimizer
 from bimos.training.progress import Progress
-from bimos.training.student import load_tensors, save_tensors
+from bimos.training.student import load_tensors, load_trained, save_tensors
 from bimos.training.teacher import TopKCache, hidden_states, logit_head
 
 COMPLETE = "complete.json"
@@ -148,7 +148,10 @@ class DistillTrainer(Trainer):
         loss = model(**inputs)["loss"]
         self._pending.append(loss.item())
         if not torch.isfinite(loss):
-            raise BimosError("the loss is not finite; lower distill.lr_latent and distill.lr_scale and start again with --overwrite")
+            raise BimosError(
+                "the loss is not finite; go on with lower rates (the blocks that are done are kept): delete "
+                f"'{self.args.output_dir}', then --resume with --set distill.lr_latent=... --set distill.lr_scale=..."
+            )
         if len(self._pending) == self.args.gradient_accumulation_steps:
             self._clock.step(sum(self._pending) / len(self._pending))
             self._pending.clear()
@@ -183,15 +186,6 @@ class DistillTrainer(Trainer):
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter that is trained, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The opposite."""
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            parameters[name].data = parameters[name].data.to(tensor.dtype)
-            parameters[name].copy_(tensor)
 
 
 def checkpoints(directory: Path) -> list[Path]:

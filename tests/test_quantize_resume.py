@@ -1,0 +1,197 @@
+"""Stopping and resuming; kills in the middle of a stage are in test_resume.py."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoModelForCausalLM
+
+from bimos.config import RunConfig
+from bimos.packing.checkpoint import save_packed as save_packed_itself
+from bimos.quantize import WORK, remembered, run
+from bimos.training.blockwise import block_file
+from bimos.training.student import load_tensors, save_tensors
+from running import config, contents, raising, refused, teacher_like
+
+module = sys.modules["bimos.quantize"]  # the attribute of the package is the function
+
+
+@pytest.fixture
+def stopped(teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that was interrupted when it was about to save."""
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "save_packed", raising(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run(teacher_directory, tmp_path / "out", config(text_file))
+    return tmp_path / "out"
+
+
+def test_resuming_another_run(stopped: Path, teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    before = contents(stopped)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 320}
+    other = teacher_like(teacher_directory, tmp_path / "other", **sizes)
+    refused("is of model .*tiny-llama.*, not .*other", other, stopped, config(text_file), resume=True)
+    refused("seed=0, now it is 3", teacher_directory, stopped, config(text_file, seed=3), resume=True)
+    refused("distill.clip=1.0, now it is 0.5", teacher_directory, stopped, config(text_file, distill={"clip": 0.5}), resume=True)
+    refused("num_experts", teacher_directory, stopped, config(text_file, options={"num_experts": 4}), resume=True)
+    refused("minutes", teacher_directory, stopped, config(text_file, minutes=5), resume=True)
+    refused("not empty", teacher_directory, stopped, config(text_file))
+    assert contents(stopped) == before
+
+
+def test_resuming_after_the_model_changed(
+    teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(teacher_directory, model)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "save_packed", raising(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path / "out", config(text_file, tokens=128))
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    teacher_like(teacher_directory, model, **sizes, vocab_size=320, tie_word_embeddings=True)
+    refused("other weights", model, tmp_path / "out", None, resume=True)
+
+
+def test_resuming_after_the_text_changed(teacher_directory: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text(text)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "save_packed", raising(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run(teacher_directory, tmp_path / "out", config(path, tokens=128))
+    path.rename(tmp_path / "aside.txt")
+    path.write_text(text + "One more sentence.\n")
+    refused("text .* has changed", teacher_directory, tmp_path / "out", None, resume=True)
+    (tmp_path / "aside.txt").rename(path)
+    assert run(teacher_directory, tmp_path / "out", None, resume=True)["stages"]
+
+
+def test_nothing_to_resume(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    refused("nothing to resume", teacher_directory, tmp_path / "out", config(text_file), resume=True)
+    refused("nothing to resume", teacher_directory, tmp_path / "out", None, resume=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_run_file(stopped: Path, teacher_directory: Path) -> None:
+    (stopped / WORK / "run.json").write_text("{")
+    refused(r"run\.json.*damaged.*--overwrite", teacher_directory, stopped, None, resume=True)
+
+
+def test_a_resumed_run_remembers_its_options(stopped: Path, teacher_directory: Path, text_file: Path) -> None:
+    result = run(teacher_directory, stopped, None, resume=True)
+    assert RunConfig.from_dict(result["config"]) == config(text_file)
+    assert result["stages"][1]["tokens"] == 1024
+    assert not (stopped / WORK).exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), safetensors.SafetensorError("I/O error: No space left on device (os error 28)")],
+)
+def test_a_full_disk_while_saving(
+    error: Exception, finished: tuple[dict[str, Any], Path], teacher_directory: Path, text_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The old checkpoint and the work survive; with room again, the run resumes and nothing is trained twice."""
+    output = tmp_path / "model"
+    shutil.copytree(finished[1], output)
+    before = contents(output)
+    wanted = config(text_file, seed=7)
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.modeling_utils.safe_save_file", raising(error))
+        refused("no space left", teacher_directory, output, wanted, overwrite=True)
+    kept = {name: data for name, data in contents(output).items() if not name.startswith(f"{WORK}/")}
+    assert kept == before
+    AutoModelForCausalLM.from_pretrained(output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    monkeypatch.setattr(torch.optim.AdamW, "step", raising(AssertionError("trained again")))
+    assert run(teacher_directory, output, None, resume=True)["stages"][1]["tokens"] == 1024
+    assert contents(output)["model.safetensors"] != before["model.safetensors"]
+
+
+@pytest.mark.parametrize("stage", ["blockwise", "trainer"])
+def test_a_full_disk_while_training(
+    stage: str, teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(f"bimos.training.{stage}.save_tensors", raising(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):  # the command line makes one line of it
+            run(teacher_directory, output, config(text_file))
+    assert run(teacher_directory, output, None, resume=True)["stages"][1]["tokens"] == 1024
+
+
+def test_a_save_that_was_killed_is_done_again(stopped: Path, teacher_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the checkpoint and the report: the checkpoint is whole, the run resumes."""
+
+    def save_and_die(*arguments: Any, **options: Any) -> None:
+        save_packed_itself(*arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "save_packed", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            run(teacher_directory, stopped, None, resume=True)
+    AutoModelForCausalLM.from_pretrained(stopped)
+    assert run(teacher_directory, stopped, None, resume=True)["total_bytes"] > 0
+    assert (stopped / "report.html").exists() and not (stopped / WORK).exists()
+
+
+def test_the_model_may_be_named_in_another_way(stopped: Path, teacher_directory: Path, text_file: Path) -> None:
+    named = teacher_directory / ".." / teacher_directory.name
+    assert run(named, stopped, config(text_file), resume=True)["total_bytes"] > 0
+
+
+def test_texts_to_evaluate_are_remembered(
+    teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "save_packed", raising(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run(teacher_directory, tmp_path / "out", config(text_file), evaluate=[str(text_file)])
+    assert remembered(tmp_path / "out") == json.loads(json.dumps(config(text_file).to_dict()))
+    assert list(run(teacher_directory, tmp_path / "out", None, resume=True)["perplexity"]) == [str(text_file)]
+
+
+def test_rates_of_a_stage_that_has_not_begun_may_change(
+    teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the message about a loss that is not finite tells the user to do."""
+    output, wild = tmp_path / "out", config(text_file, distill={"lr_latent": 1e30, "lr_scale": 1e30, "warmup": 0.0, "clip": 0.0})
+    refused("not finite.*--resume", teacher_directory, output, wild)
+    blocks = contents(output / WORK / "blocks")
+    assert blocks
+    shutil.rmtree(output / WORK / "distill")
+    refused("blocks.lr_latent", teacher_directory, output, config(text_file, blocks={"lr_latent": 1e-3}), resume=True)
+    monkeypatch.setattr("bimos.training.blockwise.save_tensors", raising(AssertionError("trained again")))
+    result = run(teacher_directory, output, config(text_file), resume=True)
+    assert RunConfig.from_dict(result["config"]) == config(text_file)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "of another model"])
+def test_a_block_that_is_damaged(damage: str, stopped: Path, teacher_directory: Path, text_file: Path) -> None:
+    shutil.rmtree(stopped / WORK / "distill")
+    path = block_file(stopped / WORK / "blocks", 1)
+    good = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(good[: len(good) // 2])
+        assert run(teacher_directory, stopped, None, resume=True)["stages"][1]["tokens"] == 1024  # that block is done again
+    else:
+        tensors, metadata = load_tensors(path)
+        save_tensors({name: tensor[:4] for name, tensor in tensors.items()}, path, metadata)
+        refused("does not fit.*--overwrite", teacher_directory, stopped, None, resume=True)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"model": 1}'])
+def test_a_run_file_without_what_it_should_say(content: str, stopped: Path, teacher_directory: Path) -> None:
+    (stopped / WORK / "run.json").write_text(content)
+    refused(r"run\.json.*damaged.*--overwrite", teacher_directory, stopped, None, resume=True)
