@@ -333,7 +333,7 @@ def remembered(output: str | Path) -> dict[str, Any]:
     """The config that the unfinished run in `output` was started with. Raises BimosError: there is none."""
     output = Path(output).expanduser()
     _settle(output)
-    return _read_run(output)["config"]  # type: ignore[no-any-return]
+    return _read_run(output)["config"]
 
 
 def _check_same_run(output: Path, known: dict[str, Any], model: str, config: RunConfig) -> None:
