@@ -22,14 +22,14 @@ import torch
 
 from bimos.config import RunConfig
 from bimos.evaluation.versions import provenance, write_json
-from bimos.methods import method_config
+from bimos.methods import InputStatistics, method_config
 from bimos.models import decoder_blocks, load_teacher
 from bimos.training.blockwise import reconstruct_blocks
 from bimos.training.budget import Budget
 from bimos.training.data import TokenStream
 from bimos.training.memory import peak_bytes, reset_peak
 from bimos.training.progress import Progress
-from bimos.training.student import uninitialised_student
+from bimos.training.student import trainable_layers, uninitialised_student
 from bimos.training.trainer import NumberedWindows, distill
 
 FEW_BLOCKS = 4  # of block reconstruction; blocks cost the same
@@ -62,8 +62,8 @@ def measure(stage: str, arguments: argparse.Namespace, profiled: bool) -> dict[s
     method = method_config(config.method)
     watch = Stopwatch()
     profiler = torch.profiler.profile() if profiled else None
-    with tempfile.TemporaryDirectory() as name:
-        stream = TokenStream(arguments.data, tokenizer, length, 0, Path(name) / "tokens")
+    with tempfile.TemporaryDirectory() as folder:
+        stream = TokenStream(arguments.data, tokenizer, length, 0, Path(folder) / "tokens")
         if stage == "blocks":
             _, blocks = decoder_blocks(teacher)
             windows = stream.batch(0, batch * arguments.steps)
@@ -71,15 +71,19 @@ def measure(stage: str, arguments: argparse.Namespace, profiled: bool) -> dict[s
             reset_peak()
             if profiler:
                 profiler.start()
-            reconstruct_blocks(teacher, windows, method, config, Path(name) / "blocks", watch, None)
+            reconstruct_blocks(teacher, windows, method, config, Path(folder) / "blocks", watch, None)
         else:
             student = uninitialised_student(teacher, method, [])
+            for name, layer in trainable_layers(student):
+                known = InputStatistics.uninformed(layer.in_features)
+                start = method.layer.from_linear(teacher.get_submodule(name), method, known, torch.Generator())  # type: ignore[arg-type]
+                layer.load_state_dict(start.state_dict())
             count = batch * arguments.steps
             reset_peak()
             if profiler:
                 profiler.start()
             data = NumberedWindows(stream.as_dataset(0, count), count, None, 0)
-            distill(student, teacher, data, length, config.distill, Budget(tokens=count * length), Path(name) / "distill", watch)
+            distill(student, teacher, data, length, config.distill, Budget(tokens=count * length), Path(folder) / "distill", watch)
     result: dict[str, Any] = {
         "tokens_per_second": watch.tokens_per_second(2),
         "peak_memory_bytes": peak_bytes(),
