@@ -121,7 +121,7 @@ def _interrupted(model: Path, config: dict[str, Any]) -> bool:
 
 def settings(train: Path, minutes: float) -> dict[str, Any]:
     """What the demonstration changes in the default recipe: text, time, and calibration tokens that fit the shorter time."""
-    return {"data": str(train), "minutes": minutes, "blocks": {"tokens": 16_384}}
+    return {"data": str(train), "minutes": minutes, "initialise": {"sequences": 64}, "blocks": {"tokens": 16_384}}
 
 
 def prepare(folder: Path) -> Assets:
