@@ -191,3 +191,13 @@ def test_set_goes_over_the_file_and_leaves_it_alone() -> None:
 def test_set_in_the_wrong_form(assignment: str, fragment: str) -> None:
     with pytest.raises(BimosError, match=fragment):
         override({"seed": 1}, [assignment])
+
+
+def test_a_list_of_the_wrong_kind() -> None:
+    with pytest.raises(BimosError, match=r"skip=\[1\]: must be of type list\[str\]"):
+        RunConfig.from_dict({"skip": [1]})
+
+
+def test_tokens_for_no_distillation() -> None:
+    with pytest.raises(BimosError, match="budget of distillation, which is off"):
+        RunConfig.from_dict({"tokens": 5, "distill": {"enabled": False}})

@@ -219,4 +219,4 @@ def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
                 return int(number)
         except (TypeError, ValueError, OverflowError):
             pass
-    raise BimosError(f"{source}: {key}={value!r}: must be of type {getattr(hint, '__name__', hint)}")
+    raise BimosError(f"{source}: {key}={value!r}: must be of type {hint.__name__ if isinstance(hint, type) and not arguments else hint}")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bimos import BimosError
 from bimos.methods import InputStatistics
 from bimos.methods.binarymos import BinaryMoSConfig, BinaryMoSLinear
 from bimos.methods.onebit import OneBitConfig
@@ -229,3 +230,9 @@ def test_experts_fit_their_tokens_better_than_one_pair_of_scales() -> None:
     one, four = (start(linear, statistics, num_experts=experts) for experts in (1, 4))
     errors = [(layer(statistics.sample) - linear(statistics.sample)).square().mean().item() for layer in (one, four)]
     assert errors[1] < 0.97 * errors[0]
+
+
+@pytest.mark.parametrize("experts", [0, 257])
+def test_how_many_experts_there_may_be(experts: int) -> None:
+    with pytest.raises(BimosError, match="from 1 to 256"):
+        BinaryMoSConfig(num_experts=experts)

@@ -104,3 +104,12 @@ def test_a_disk_too_small_is_refused_before_it_is_full(tmp_path: Path, monkeypat
     with pytest.raises(BimosError, match=r"needs .* GiB .*distill\.top_k"):
         cache(tmp_path / "logits")
     assert not os.listdir(tmp_path / "logits")
+
+
+def test_a_description_that_cannot_be_read_counts_as_none(tmp_path: Path) -> None:
+    """As after a kill: the cache is described anew, and what is marked as filled still counts."""
+    TopKCache(tmp_path, 3, 4, 2, 64)
+    (tmp_path / "cache.json").write_text("{")
+    TopKCache(tmp_path, 3, 4, 2, 64)
+    with pytest.raises(BimosError, match="made for another run"):
+        TopKCache(tmp_path, 3, 4, 3, 64)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bimos.errors import BimosError
 from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, register, require_multiple_of_8
-from bimos.methods.compensation import Fit, compensated_fit
+from bimos.methods.compensation import Fit, compensated_fit, signs_of
 from bimos.methods.ste import compute_dtype, sign_ste, weighted_rank_one
 from bimos.packing.format import pack_signs
 
@@ -167,8 +167,7 @@ class BinaryMoSConfig(MethodConfig):
 
 def _expert_rows(weight: Tensor, fit: Fit, sample: Tensor, gate: Tensor) -> Tensor:
     """Output scales `[e, out]`: each row's least-squares mix over the sample `[n, in]`, gates `[n, e]` given; held to the shared scale."""
-    signs = torch.where(fit.decision >= 0, 1.0, -1.0)
-    product = (sample * fit.column) @ signs.T  # [n, out], to be scaled by the mix
+    product = (sample * fit.column) @ signs_of(fit.decision).T  # [n, out], to be scaled by the mix
     residual = (sample @ weight.T - product * fit.row) * product
     pairs = (gate[:, :, None] * gate[:, None, :]).flatten(1)  # [n, e*e]
     energy = product.square()

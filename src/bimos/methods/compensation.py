@@ -55,12 +55,13 @@ def compensated_fit(weight: Tensor, gram: Tensor, rounds: int, iterations: int) 
     return best
 
 
-def _signs(decision: Tensor) -> Tensor:
+def signs_of(decision: Tensor) -> Tensor:
+    """+1 or -1, float32; 0 counts as +1, as in the packed form."""
     return torch.where(decision >= 0, 1.0, -1.0)
 
 
 def _error(weight: Tensor, fit: Fit, gram: Tensor) -> float:
-    difference = weight - fit.row[:, None] * _signs(fit.decision) * fit.column
+    difference = weight - fit.row[:, None] * signs_of(fit.decision) * fit.column
     return ((difference @ gram) * difference).sum().item()
 
 
@@ -84,7 +85,7 @@ def _sweep(weight: Tensor, factor: Tensor, row: Tensor, column: Tensor) -> Tenso
 
 def _refit(weight: Tensor, gram: Tensor, decision: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Scales by alternating least squares for fixed signs; none comes out negative (its signs are turned round instead)."""
-    signs = _signs(decision)
+    signs = signs_of(decision)
     product = weight @ gram
     for _ in range(2):
         scaled = signs * column

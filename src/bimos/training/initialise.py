@@ -17,15 +17,11 @@ from torch import Tensor, nn
 
 from bimos.config import InitialiseConfig
 from bimos.methods.base import InputStatistics, MethodConfig
-from bimos.training.streams import BlockCall, batches
+from bimos.training.streams import BlockCall, Stop, batches
 from bimos.training.student import binarize
 
 RIDGE = 0.2  # of the mean second moment: what holds a refit weight to the teacher's
 SAMPLES = 256  # input vectors kept of every batch
-
-
-class _Stop(Exception):
-    pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,21 +155,21 @@ class _Measurement:
             def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
                 outputs[name] = output
                 if name == self._group.names[-1]:
-                    raise _Stop
+                    raise Stop
 
             return hook
 
         def enter(module: nn.Module, args: tuple) -> None:
             inputs.append(args[0])
             if stop_before:
-                raise _Stop
+                raise Stop
 
         hooks = [block.get_submodule(name).register_forward_hook(record(name)) for name in (*self._writers, *self._group.names)]
         hooks.append(block.get_submodule(self._group.names[0]).register_forward_pre_hook(enter))
         try:
             with torch.no_grad(), _Hooks(hooks):
                 self._call(block, hidden)
-        except _Stop:
+        except Stop:
             pass
         return outputs, inputs[0]
 

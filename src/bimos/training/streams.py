@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from bimos.models import decoder_blocks
 
 
-class _Stop(Exception):
-    pass
+class Stop(Exception):
+    """Raised by a hook that has seen enough: what follows in the model is not run."""
 
 
 @dataclasses.dataclass
@@ -67,13 +67,13 @@ def embed(model: nn.Module, windows: Tensor) -> Tensor:
 
     def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
         caught.append((args[0] if args else kwargs["hidden_states"]).detach())
-        raise _Stop
+        raise Stop
 
     hook = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with torch.no_grad():
             model.base_model(input_ids=windows, use_cache=False)  # type: ignore[operator]
-    except _Stop:
+    except Stop:
         pass
     finally:
         hook.remove()
