@@ -19,13 +19,18 @@ from pathlib import Path
 import pyarrow.parquet
 from sacremoses import MosesTokenizer
 
+# What extractors make of a section's heading: up to six words and a full stop.
+HEADING = re.compile(r"[A-Z0-9]\S*( [^\s.!?:;,]+){0,5}\.")
+
 
 def rows(title: str, text: str, moses: MosesTokenizer) -> Iterator[str]:
-    """The rows of one article as in the data set: a heading, then paragraphs; blank rows around the heading."""
+    """The rows of one article as in the data set: headings and paragraphs; blank rows around a heading."""
     if title:
         yield from ("", f" = {typeset(title, moses)} = \n", "")
-    for paragraph in text.split("\n"):
-        if paragraph.strip() and paragraph.strip() != title.strip():
+    for paragraph in map(str.strip, text.split("\n")):
+        if HEADING.fullmatch(paragraph):
+            yield from ("", f" = = {typeset(paragraph.removesuffix('.'), moses)} = = \n", "")
+        elif paragraph and paragraph != title.strip():
             yield f" {typeset(paragraph, moses)} \n"
 
 
