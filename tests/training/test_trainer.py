@@ -107,7 +107,7 @@ def test_loss_falls_and_the_teacher_stays(tmp_path: Path, dtype: torch.dtype, hi
     assert report["loss_last"] < 0.9 * report["loss_first"], report
     assert not changed(before, teacher)
     assert report["name"] == "distill" and report["tokens"] == 30 * STEP
-    assert report["seconds"] > 0 and report["tokens_per_second"] == pytest.approx(report["tokens"] / report["seconds"])
+    assert report["seconds"] > 0 and report["tokens_per_second"] == report["tokens"] / report["seconds"]
     assert len(report["history"]) == 30
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,11 +21,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from bimos.config import DistillConfig
 from bimos.errors import BimosError
+from bimos.methods.ste import SharedSigns
 from bimos.training.budget import Budget, schedule
+from bimos.training.lanes import Lanes
 from bimos.training.losses import hidden_state_loss, kl_from_hidden, kl_from_top_k, relative_error
 from bimos.training.optimizer import build_optimizer
 from bimos.training.progress import Progress
-from bimos.training.student import load_tensors, load_trained, save_tensors
+from bimos.training.student import load_tensors, load_trained, save_tensors, trainable_layers
 from bimos.training.teacher import TopKCache, hidden_states, logit_head
 
 COMPLETE = "complete.json"
@@ -139,13 +142,32 @@ class _Clock(TrainerCallback):
 class DistillTrainer(Trainer):
     """`Trainer` that distils, in the order of the token stream, and saves what is trained and nothing else."""
 
-    def __init__(self, clock: _Clock, model: Distillation, args: TrainingArguments, **kwargs: Any) -> None:
+    def __init__(self, clock: _Clock, lanes: Lanes, model: Distillation, args: TrainingArguments, **kwargs: Any) -> None:
         super().__init__(model=model, args=args, **kwargs)
-        self._clock = clock
+        self._clock, self._lanes = clock, lanes
+        self._signs: AbstractContextManager[Any] = nullcontext()
+        if lanes.count > 1:
+            latents = [latent for _, layer in trainable_layers(model.student) for latent in layer.roles()["latent"]]
+            self._signs = SharedSigns(latents, torch.bfloat16 if _is_bfloat16(model.student) else torch.float32)
         self._pending: list[float] = []
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         loss = model(**inputs)["loss"]
+        self._count(loss)
+        return (loss, {}) if return_outputs else loss  # the Trainer divides it by the steps that it accumulates
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """The Trainer's own, but on a CPU with the batch in two lanes and the signs made once for both."""
+        if self._lanes.count == 1 or self.args.world_size > 1:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        factor = 1 / self.args.gradient_accumulation_steps
+        with self._signs:
+            loss = self._lanes.backward(lambda **part: model(**part)["loss"], self._prepare_inputs(inputs), factor)
+        self._count(loss)
+        return loss * factor
+
+    def _count(self, loss: Tensor) -> None:
         self._pending.append(loss.item())
         if not torch.isfinite(loss):
             raise BimosError(
@@ -155,7 +177,6 @@ class DistillTrainer(Trainer):
         if len(self._pending) == self.args.gradient_accumulation_steps:
             self._clock.step(sum(self._pending) / len(self._pending))
             self._pending.clear()
-        return (loss, {}) if return_outputs else loss  # the Trainer divides it by the steps that it accumulates
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]  # the stream is shuffled already
@@ -239,8 +260,10 @@ def distill(
         seed=seed,
     )
     clock = _Clock(budget, tokens_per_step, config.checkpoint_minutes, progress)
+    lanes = Lanes(config.batch_size, next(student.parameters()).device)
     trainer = DistillTrainer(
         clock,
+        lanes,
         Distillation(student, teacher, config, cache),
         arguments,
         train_dataset=dataset,
@@ -260,16 +283,18 @@ def distill(
         clock.losses = [tuple(entry) for entry in facts["losses"]]
     progress.begin("distillation", 1)
     if budget.progress() < 1:
-        trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
+        with lanes:
+            trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
     elif done:
         trainer._load_from_checkpoint(str(done[-1]))
     losses = [loss for _, loss in clock.losses]
     edge = max(1, len(losses) // 50)
+    seconds = max(budget.elapsed, 1e-9)  # read once: the clock goes on
     return {
         "name": "distill",
         "tokens": budget.spent_tokens,
-        "seconds": budget.elapsed,
-        "tokens_per_second": budget.spent_tokens / max(budget.elapsed, 1e-9),
+        "seconds": seconds,
+        "tokens_per_second": budget.spent_tokens / seconds,
         "loss_first": sum(losses[:edge]) / edge,
         "loss_last": sum(losses[-edge:]) / edge,
         "history": clock.losses[:: max(1, len(losses) // 500)],
