@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from bimos.config import RunConfig
 from bimos.errors import BimosError
 from bimos.methods.base import MethodConfig
+from bimos.methods.ste import SharedSigns
 from bimos.models import convertible_linears, decoder_blocks
 from bimos.training.budget import Budget, schedule
 from bimos.training.initialise import initialise_block
+from bimos.training.lanes import LANES, Lanes
 from bimos.training.losses import relative_error
 from bimos.training.memory import peak_bytes, reset_peak
-from bimos.training.optimizer import build_optimizer, set_rate
+from bimos.training.optimizer import build_optimizer, set_rate, trained_parameters
 from bimos.training.progress import Progress
 from bimos.training.streams import BlockCall, advance, batches, capture, embed
 from bimos.training.student import load_tensors, load_trained, replace_empty, save_tensors, trainable_layers
@@ -63,13 +65,15 @@ def reconstruct_blocks(
     prefix, blocks = decoder_blocks(teacher)
     names = [name.removeprefix(prefix + ".").split(".", 1) for name in convertible_linears(teacher, config.skip)]
     size = min(config.blocks.batch_size, len(windows))
+    lanes = Lanes(size if size % LANES == 0 else 1, windows.device)  # both lanes call blocks with the same number of rows
     _, calls = capture(teacher, windows[:size])
+    _, lane_calls = capture(teacher, windows[: size // lanes.count])
     stream = torch.cat([embed(teacher, windows[rows]) for rows in batches(len(windows), size)])
     student_stream = stream.clone()
     history: list[dict[str, Any]] = []
     worked = trained_tokens = 0.0
     progress.begin("block reconstruction", len(blocks))
-    for index, (block, call) in enumerate(zip(blocks, calls, strict=True)):
+    for index, (block, call, lane_call) in enumerate(zip(blocks, calls, lane_calls, strict=True)):
         local = [name for number, name in names if int(number) == index]
         trainable = copy.deepcopy(block)
         path = block_file(directory, index)
@@ -86,7 +90,7 @@ def reconstruct_blocks(
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
             initialise_block(block, trainable, local, call, (stream, student_stream), size, method, config.initialise, generator)
             targets = advance(block, call, stream, size, out=stream)
-            entry = _reconstruct(trainable, index, call, student_stream, targets, config, generator, left, start, progress)
+            entry = _reconstruct(trainable, index, lanes, lane_call, student_stream, targets, config, generator, left, start, progress)
             advance(trainable, call, student_stream, size, out=student_stream)
             entry["seconds"] = time.monotonic() - start
             trained = {name: tensor for name, tensor in trainable.state_dict().items() if _is_trained(trainable, name)}
@@ -126,6 +130,7 @@ def _is_trained(block: nn.Module, name: str) -> bool:
 def _reconstruct(
     block: nn.Module,
     index: int,
+    lanes: Lanes,
     call: BlockCall,
     inputs: Tensor,
     targets: Tensor,
@@ -135,11 +140,16 @@ def _reconstruct(
     start: float,
     progress: Progress,
 ) -> dict[str, float]:
-    """Train one block in place; the errors of its first and last steps, and the tokens that it saw."""
+    """Train one block in place; the errors of its first and last steps, and the tokens that it saw.
+
+    Args:
+        call: with the rows of one lane.
+    """
     options, length = config.blocks, inputs.shape[1]
     size = min(options.batch_size, len(inputs))
+    rows_of_lane = size // lanes.count
     if not options.enabled or not any(True for _ in trainable_layers(block)):
-        error = _error(block, call, inputs, targets, size)
+        error = _error(block, call, inputs, targets, rows_of_lane)
         return {"loss_first": error, "loss_last": error, "tokens": 0.0}
     optimizer = build_optimizer(
         block, {"latent": options.lr_latent, "scale": options.lr_scale, "router": options.lr_router}, (0.9, 0.95), 0.0
@@ -149,26 +159,32 @@ def _reconstruct(
     budget.spent_seconds = time.monotonic() - start
     budget.start()
     losses: list[float] = []
-    while budget.progress() < 1 and budget.spent_tokens < total:
-        order = torch.randperm(len(inputs), generator=generator)
-        for rows in batches(len(inputs), size):
-            set_rate(optimizer, schedule("cosine", 0.05, max(budget.progress(), budget.spent_tokens / total)))
-            chosen = order[rows]
-            with torch.autocast(inputs.device.type, torch.bfloat16, enabled=inputs.dtype == torch.bfloat16):
-                output = call(block, inputs[chosen])
-            loss = relative_error(output, targets[chosen])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            budget.spent_tokens += size * length
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise BimosError(f"block {index}: the loss is not finite; lower blocks.lr_latent and blocks.lr_scale; start anew")
-            progress.tick(size * length, loss=losses[-1])
-            if budget.progress() >= 1:
-                break
+    is_bfloat16 = inputs.dtype == torch.bfloat16
+    signs = SharedSigns(trained_parameters(block)["latent"], torch.bfloat16 if is_bfloat16 else torch.float32)
+
+    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=is_bfloat16):
+            output = call(block, inputs)
+        return relative_error(output, targets)
+
+    with lanes:
+        while budget.progress() < 1 and budget.spent_tokens < total:
+            order = torch.randperm(len(inputs), generator=generator)
+            for rows in batches(len(inputs), size):
+                set_rate(optimizer, schedule("cosine", 0.05, max(budget.progress(), budget.spent_tokens / total)))
+                with signs:
+                    loss = lanes.backward(loss_of, {"inputs": inputs[order[rows]], "targets": targets[order[rows]]})
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                budget.spent_tokens += size * length
+                losses.append(loss.item())
+                if not math.isfinite(losses[-1]):
+                    raise BimosError(f"block {index}: the loss is not finite; lower blocks.lr_latent and blocks.lr_scale; start anew")
+                progress.tick(size * length, loss=losses[-1])
+                if budget.progress() >= 1:
+                    break
     if not losses:  # the start took all the time
-        losses.append(_error(block, call, inputs, targets, size))
+        losses.append(_error(block, call, inputs, targets, rows_of_lane))
     tail = max(1, len(losses) // 10)
     return {"loss_first": losses[0], "loss_last": sum(losses[-tail:]) / tail, "tokens": float(budget.spent_tokens)}
 

@@ -25,9 +25,9 @@ from bimos.methods.ste import SharedSigns
 from bimos.training.budget import Budget, schedule
 from bimos.training.lanes import Lanes
 from bimos.training.losses import hidden_state_loss, kl_from_hidden, kl_from_top_k, relative_error
-from bimos.training.optimizer import build_optimizer
+from bimos.training.optimizer import build_optimizer, trained_parameters
 from bimos.training.progress import Progress
-from bimos.training.student import load_tensors, load_trained, save_tensors, trainable_layers
+from bimos.training.student import load_tensors, load_trained, save_tensors
 from bimos.training.teacher import TopKCache, hidden_states, logit_head
 
 COMPLETE = "complete.json"
@@ -147,7 +147,7 @@ class DistillTrainer(Trainer):
         self._clock, self._lanes = clock, lanes
         self._signs: AbstractContextManager[Any] = nullcontext()
         if lanes.count > 1:
-            latents = [latent for _, layer in trainable_layers(model.student) for latent in layer.roles()["latent"]]
+            latents = trained_parameters(model.student)["latent"]
             self._signs = SharedSigns(latents, torch.bfloat16 if _is_bfloat16(model.student) else torch.float32)
         self._pending: list[float] = []
 
