@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bimos.config import RunConfig
 from bimos.evaluation.perplexity import perplexity
-from bimos.quantize import WORK, plan, run
+from bimos.quantize import plan, run
+from bimos.resume import WORK
 from bimos.training.teacher import TopKCache
 from running import config, raising, teacher_like
 

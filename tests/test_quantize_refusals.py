@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from bimos import BimosError
-from bimos.quantize import WORK, plan, run
+from bimos.quantize import plan, run
+from bimos.resume import WORK
 from running import config, contents, refused, teacher_like
 
 module = sys.modules["bimos.quantize"]  # the attribute of the package is the function

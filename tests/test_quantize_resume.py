@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from bimos.config import RunConfig
 from bimos.packing.checkpoint import save_packed as save_packed_itself
-from bimos.quantize import WORK, remembered, run
+from bimos.quantize import run
+from bimos.resume import WORK, remembered
 from bimos.training.blockwise import block_file
 from bimos.training.student import load_tensors, save_tensors
 from running import config, contents, raising, refused, teacher_like

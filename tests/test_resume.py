@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bimos.evaluation.perplexity import perplexity
 from bimos.packing.format import unpack_signs
-from bimos.quantize import WORK
+from bimos.resume import WORK
 
 
 class Runs:
@@ -57,7 +57,7 @@ class Runs:
 
 def interrupted(output: Path) -> bool:
     """Whether there is anything to resume; a run just begun or all but over leaves nothing."""
-    stranded = output.parent / f".{output.name}.saving" / WORK  # see `bimos.quantize._settle`
+    stranded = output.parent / f".{output.name}.saving" / WORK  # see `bimos.resume.settle`
     return output.is_dir() and any((work / "run.json").exists() for work in (output / WORK, stranded))
 
 

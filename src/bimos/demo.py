@@ -110,7 +110,7 @@ def run(folder: Path, minutes: float, console: Console | None = None) -> dict[st
 
 def _interrupted(model: Path, config: dict[str, Any]) -> bool:
     """Whether an unfinished run with exactly this config lies in `model`."""
-    from bimos.quantize import WORK
+    from bimos.resume import WORK
 
     try:
         known = json.loads((model / WORK / "run.json").read_text(encoding="utf-8"))

@@ -1,7 +1,6 @@
 """From a teacher to a packed checkpoint: the three stages, their budget, and picking up where a killed run stopped.
 
-While a run works, its state lies in the folder `work` of the output directory: `run.json` (what was asked for), the token
-cache, one file per finished block and the distillation's checkpoints. It is deleted once the checkpoint is in place.
+While a run works, its state lies in the folder `work` of the output directory; see `bimos.resume`.
 """
 
 from __future__ import annotations
@@ -9,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import hashlib
-import json
 import shutil
 import tempfile
 import time
@@ -20,7 +17,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import get_available_reporting_integrations
 
@@ -36,6 +32,7 @@ from bimos.packing.checkpoint import check_output, save_packed
 from bimos.packing.embedding import quantize_embeddings
 from bimos.packing.hf import pack_model
 from bimos.packing.sizes import size_report
+from bimos.resume import WORK, check_same_run, check_same_text, fingerprint, read_run, remembered, settle
 from bimos.training.blockwise import load_blocks, reconstruct_blocks
 from bimos.training.budget import Budget
 from bimos.training.data import TokenStream
@@ -47,7 +44,6 @@ from bimos.training.student import uninitialised_student
 from bimos.training.teacher import TopKCache
 from bimos.training.trainer import NumberedWindows, distill
 
-WORK = "work"
 DEFAULT_MINUTES = 60.0
 ENDLESS = 10**9  # windows of a stage whose end the clock decides
 
@@ -133,9 +129,9 @@ def run(
     began = time.monotonic()
     output = Path(output).expanduser()
     work = output / WORK
-    _settle(output)
+    settle(output)
     if resume:
-        evaluate = evaluate or _read_run(output)["evaluate"]
+        evaluate = evaluate or read_run(output)["evaluate"]
         config = config or RunConfig.from_dict(remembered(output), str(work / "run.json"))
     config = dataclasses.replace(config or RunConfig())
     if config.tokens is None and config.minutes is None:
@@ -149,14 +145,14 @@ def run(
         texts = [file for source in parse_sources(config.data) for file in source.files]
         check_output(output, overwrite, [model, *texts, *evaluate])
     if resume:
-        _check_same_run(output, _read_run(output), str(model), config)
+        check_same_run(output, read_run(output), str(model), config)
     else:
         if work.exists() and not (work / "run.json").exists():
             raise BimosError(f"'{work}' is where the run would keep its work, and holds something else; name another output directory")
     teacher, tokenizer = load_teacher(model)
     _check_fit(teacher, method, config)
-    facts = {"model": str(model), "weights": _fingerprint(teacher), "config": config.to_dict(), "evaluate": list(evaluate)}
-    if resume and _read_run(output)["weights"] != facts["weights"]:
+    facts = {"model": str(model), "weights": fingerprint(teacher), "config": config.to_dict(), "evaluate": list(evaluate)}
+    if resume and read_run(output)["weights"] != facts["weights"]:
         raise BimosError(f"'{model}' has other weights than the run in '{output}' was started with; start anew with --overwrite")
     if not resume:
         shutil.rmtree(work, ignore_errors=True)
@@ -226,7 +222,7 @@ def _train(
     method = method_config(config.method, config.options)
     length = config.sequence_length
     stream = TokenStream(config.data, tokenizer, length, config.seed, work / "tokens", teacher=teacher)
-    _check_same_text(stream, work / "text.json")
+    check_same_text(stream, work / "text.json")
     calibration = _whole_batches(config.blocks.tokens // length, config.blocks.batch_size)
     if not config.blocks.enabled:
         calibration = _whole_batches(config.initialise.sequences, config.blocks.batch_size)
@@ -290,80 +286,6 @@ def _embedding_change(student: PreTrainedModel, tokenizer: Any, evaluate: Sequen
         return {}
     after = perplexity(student, tokenizer, load_text(evaluate[0]), windows=4)
     return {"embedding": {"bits": bits, "windows": before.windows, "perplexity_16_bits": before.value, "perplexity": after.value}}
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """A digest of names, shapes and a few values of every parameter: tells one model from another in milliseconds."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
-        picked = values[:: max(1, len(values) // 16)].float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + picked.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _settle(output: Path) -> None:
-    """Put things in order after a kill in one of the two moments when the work was not in its place.
-
-    They are the first, before `run.json` was there, and that when a new checkpoint had just taken the place of the old one.
-    """
-    work = output / WORK
-    stranded = output.resolve().parent / f".{output.resolve().name}.saving" / WORK
-    if (stranded / "run.json").exists() and output.is_dir() and not work.exists():
-        stranded.rename(work)
-    if work.is_dir() and all(path.name.startswith(".run.json.") for path in work.iterdir()):
-        shutil.rmtree(work)
-        with contextlib.suppress(OSError):
-            output.rmdir()
-
-
-def _read_run(output: Path) -> dict[str, Any]:
-    path = output / WORK / "run.json"
-    if not path.exists():
-        done = " (the run there is finished)" if (output / "result.json").exists() else ""
-        raise BimosError(f"nothing to resume in '{output}'{done}; start without --resume")
-    with contextlib.suppress(ValueError):
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(known, dict) and {"model", "weights", "config", "evaluate"} <= known.keys():
-            return known
-    raise BimosError(f"'{path}' is damaged; start anew with --overwrite")
-
-
-def remembered(output: str | Path) -> dict[str, Any]:
-    """The config that the unfinished run in `output` was started with. Raises BimosError: there is none."""
-    output = Path(output).expanduser()
-    _settle(output)
-    return _read_run(output)["config"]
-
-
-def _check_same_run(output: Path, known: dict[str, Any], model: str, config: RunConfig) -> None:
-    if known["model"] != model and not _same_path(known["model"], model):
-        raise BimosError(f"the run in '{output}' is of model '{known['model']}', not '{model}'; name that model, or use --overwrite")
-    before, now = _flat(known["config"]), _flat(json.loads(json.dumps(config.to_dict())))
-    begun = any((output / WORK / "distill").glob("checkpoint-*"))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and (begun or not key.startswith("distill.")):
-            raise BimosError(
-                f"the run in '{output}' was started with {key}={before.get(key)}, now it is {now.get(key)}; "
-                "give the same options (none: they are remembered) or use --overwrite"
-            )
-
-
-def _same_path(a: str, b: str) -> bool:
-    return Path(a).expanduser().exists() and Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
-
-
-def _check_same_text(stream: TokenStream, path: Path) -> None:
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != stream.fingerprint:
-        raise BimosError(f"the training text '{stream.spec}' has changed since the run began; put it back, or start anew with --overwrite")
-    write_json(path, stream.fingerprint)  # type: ignore[arg-type]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 __all__ = ["plan", "quantize", "run"]

@@ -14,7 +14,7 @@ from bimos import BimosError
 from bimos.config import RunConfig
 from bimos.methods import method_config
 from bimos.models import convertible_linears
-from bimos.training import initialise
+from bimos.training import blockwise, initialise
 from bimos.training.blockwise import block_file, load_blocks, reconstruct_blocks
 from bimos.training.losses import relative_error
 from bimos.training.progress import Progress
@@ -181,3 +181,23 @@ def test_statistics_are_used_only_when_asked_for(tmp_path: Path, windows: Tensor
     assert not asked
     reconstruct(tmp_path / "aware", windows, config(epochs=1))
     assert len(asked) == BLOCKS
+
+
+def test_starts_fit_the_time(tmp_path: Path, windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, seen = [0.0], []
+
+    def start(*args: Any) -> None:
+        seen.append(args[7].sequences)
+        now[0] += 2.0 * args[7].sequences  # seconds
+        initialise.initialise_block(*args)
+
+    monkeypatch.setattr(blockwise, "initialise_block", start)
+    monkeypatch.setattr(blockwise.time, "monotonic", lambda: now[0])
+    reconstruct(tmp_path / "few", windows, config(epochs=1), seconds=32.0)
+    assert seen == [8, 4, 4]  # 16 of the 32 seconds, then 8 each; never less than a batch
+    now[0], seen[:] = 0.0, []
+    reconstruct(tmp_path / "many", windows, config(epochs=1), seconds=100.0)
+    assert seen == [8, 8, 8]
+    now[0], seen[:] = 0.0, []
+    reconstruct(tmp_path / "endless", windows, config(epochs=1))
+    assert seen == [8, 8, 8]

@@ -63,7 +63,8 @@ def quantize(
     if "tokens" in given or "minutes" in given:
         given = {"tokens": None, "minutes": None} | given  # a budget given here replaces the file's, in whichever unit
     quiet()
-    from bimos.quantize import plan, remembered, run
+    from bimos.quantize import plan, run
+    from bimos.resume import remembered
 
     # An interrupted run remembers its options; what is given here is compared with those.
     base = read_yaml(config) if config else remembered(output) if resume and output else {}

@@ -28,6 +28,7 @@ from torch.nn import functional
 from bimos.errors import BimosError
 from bimos.evaluation.mode import evaluating
 from bimos.evaluation.texts import EvaluationText
+from bimos.lanes import Lanes
 
 LOGIT_ELEMENTS = 2**23  # held at a time in float32: 32 MiB
 PROBE_TOKENS = 32
@@ -126,14 +127,20 @@ def _losses(model: Any, tokens: Tensor, batch_size: int, progress: Callable[[int
     """Mean loss of every window, float64 `[windows]`."""
     vocab = model.config.get_text_config().vocab_size
     losses: list[Tensor] = []
-    with evaluating(model):
+
+    @torch.no_grad()
+    def losses_of(batch: Tensor) -> list[Tensor]:
+        if head is None:
+            rows = model(input_ids=batch, use_cache=False).logits
+        else:
+            rows = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
+        return [_summed_loss(row[:-1], window[1:], head, vocab) / (len(window) - 1) for row, window in zip(rows, batch, strict=True)]
+
+    with evaluating(model), Lanes(len(tokens), model.device) as lanes:
         head = plain_head(model, tokens[:1, :PROBE_TOKENS].to(model.device))
-        for batch in tokens.to(model.device).split(batch_size):
-            if head is None:
-                rows = model(input_ids=batch, use_cache=False).logits
-            else:
-                rows = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
-            losses += [_summed_loss(row[:-1], window[1:], head, vocab) / (len(window) - 1) for row, window in zip(rows, batch, strict=True)]
+        for batches in tokens.to(model.device).split(batch_size * lanes.count):
+            for found in lanes.map(losses_of, batches.split(batch_size)):
+                losses += found
             if progress is not None:
                 progress(len(losses), len(tokens), _exp(torch.stack(losses).mean().item()))
     return torch.stack(losses)

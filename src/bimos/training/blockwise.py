@@ -10,6 +10,7 @@ at the first one missing, after sending both streams through the blocks that are
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -21,12 +22,12 @@ from torch import Tensor, nn
 
 from bimos.config import RunConfig
 from bimos.errors import BimosError
+from bimos.lanes import LANES, Lanes
 from bimos.methods.base import MethodConfig
 from bimos.methods.ste import SharedSigns
 from bimos.models import convertible_linears, decoder_blocks
 from bimos.training.budget import Budget, schedule
 from bimos.training.initialise import initialise_block
-from bimos.training.lanes import LANES, Lanes
 from bimos.training.losses import relative_error
 from bimos.training.memory import peak_bytes, reset_peak
 from bimos.training.optimizer import build_optimizer, set_rate, trained_parameters
@@ -55,7 +56,8 @@ def reconstruct_blocks(
 
     Args:
         windows: calibration tokens `[n, T]`, n a multiple of `config.blocks.batch_size`.
-        seconds: time for all blocks together, or None for the epochs that the config asks for.
+        seconds: time for all blocks together, or None for the epochs that the config asks for. Where they are too few for a start on as
+            many sequences as the config asks for, the blocks after the first start on fewer.
 
     Returns:
         The stage's report: tokens, seconds, tokens per second and block, peak memory, first and last error of every block.
@@ -72,6 +74,7 @@ def reconstruct_blocks(
     student_stream = stream.clone()
     history: list[dict[str, Any]] = []
     worked = trained_tokens = 0.0
+    sequences = config.initialise.sequences
     progress.begin("block reconstruction", len(blocks))
     for index, (block, call, lane_call) in enumerate(zip(blocks, calls, lane_calls, strict=True)):
         local = [name for number, name in names if int(number) == index]
@@ -88,7 +91,12 @@ def reconstruct_blocks(
             start = time.monotonic()
             left = None if seconds is None else max(0.0, (seconds - worked) / (len(blocks) - index))
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
-            initialise_block(block, trainable, local, call, (stream, student_stream), size, method, config.initialise, generator)
+            options = dataclasses.replace(config.initialise, sequences=sequences)
+            initialise_block(block, trainable, local, call, (stream, student_stream), size, method, options, generator)
+            if seconds is not None:  # the next start is to fit the time that every block has
+                each = max(0.0, seconds - worked - (time.monotonic() - start)) / max(1, len(blocks) - index - 1)
+                affordable = int(sequences * each / max(1e-9, time.monotonic() - start))
+                sequences = max(size, min(config.initialise.sequences, affordable))
             targets = advance(block, call, stream, size, out=stream)
             entry = _reconstruct(trainable, index, lanes, lane_call, student_stream, targets, config, generator, left, start, progress)
             advance(trainable, call, student_stream, size, out=student_stream)

@@ -58,7 +58,7 @@ def initialise_block(
     writers: list[str] = []
     for group in groups:
         measured = _Measurement(teacher, student, group, list(writers), call)
-        measured.run(*short, size)
+        measured.run(*short, size, answers=config.refit)
         if config.refit:
             for name in group.names:
                 measured.refit(name)
@@ -122,9 +122,12 @@ class _Measurement:
         self._weight = 0.0
         self._sample: list[Tensor] = []
 
-    def run(self, stream: Tensor, student_stream: Tensor, size: int) -> None:
+    def run(self, stream: Tensor, student_stream: Tensor, size: int, answers: bool = True) -> None:
+        """Both streams through the block, `size` rows at a time; without `answers` there is nothing for `refit`."""
         for rows in batches(len(stream), size):
-            theirs, _ = self._outputs(self._teacher, stream[rows], stop_before=False)
+            theirs: dict[str, Tensor] = {}
+            if answers or self._group.residual:
+                theirs, _ = self._outputs(self._teacher, stream[rows], stop_before=False)
             mine, x = self._outputs(self._student, student_stream[rows], stop_before=True)
             x = _tokens(x)
             weight = torch.ones(len(x), 1, device=x.device)
@@ -137,7 +140,7 @@ class _Measurement:
                 weight = 1 / after.square().sum(-1, keepdim=True).clamp_min(1e-6)
             weighted = x * weight
             self._gram = self._gram + weighted.T @ x
-            for name in self._group.names:
+            for name in self._group.names if answers else ():
                 linear: Any = self._teacher.get_submodule(name)
                 answer = _tokens(theirs[name]) + error
                 if linear.bias is not None:

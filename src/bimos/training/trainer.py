@@ -21,9 +21,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from bimos.config import DistillConfig
 from bimos.errors import BimosError
+from bimos.lanes import Lanes
 from bimos.methods.ste import SharedSigns
 from bimos.training.budget import Budget, schedule
-from bimos.training.lanes import Lanes
 from bimos.training.losses import hidden_state_loss, kl_from_hidden, kl_from_top_k, relative_error
 from bimos.training.optimizer import build_optimizer, trained_parameters
 from bimos.training.progress import Progress

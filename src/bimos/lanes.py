@@ -1,28 +1,33 @@
-"""The two halves of a batch side by side, each on half of the cores.
+"""Two halves of the work side by side, each on half of the cores.
 
 Operators of a small model are short, and most are not matrix products: split over cores one by one, they wait for each other
-thousands of times a step. A thread for each half of the batch waits once.
+thousands of times a pass. A thread for each half of a batch waits once.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
 LANES = 2  # the sum of two gradients is the same in either order, so that runs stay reproducible
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 
 class Lanes:
-    """Runs the backward pass of a loss that is a mean over rows. A context manager: on leaving, its threads end.
+    """Runs a function on several items, or the backward pass of a loss that is a mean over rows, in two threads.
+
+    A context manager: on leaving, the threads end.
 
     Args:
-        rows: of every batch.
-        device: where it is; anything but a CPU keeps batches whole.
+        rows: that can be divided; below two there is one lane, which is the caller's own thread.
+        device: where they are; anything but a CPU means one lane.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -51,18 +56,23 @@ class Lanes:
             self._pool.shutdown()
             self._pool = None
 
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """`function` of every item, in order. Gradient mode and autocast are those of a new thread: `function` sets its own."""
+        return list(map(function, items) if self._pool is None else self._pool.map(function, items))
+
     def backward(self, loss_of: Callable[..., Tensor], batch: dict[str, Tensor], factor: float = 1.0) -> Tensor:
         """Add the gradient of `factor * loss_of(**batch)` to every parameter's; returns the loss, without its graph or `factor`."""
 
-        def lane(part: dict[str, Tensor], share: float) -> Tensor:
+        rows = len(next(iter(batch.values())))
+
+        def lane(part: dict[str, Tensor]) -> Tensor:
+            share = len(next(iter(part.values()))) / rows
             loss = loss_of(**part)
             (loss * (share * factor)).backward()
             return loss.detach() * share
 
         if self._pool is None:
-            return lane(batch, 1.0)
-        rows = len(next(iter(batch.values())))
+            return lane(batch)
         pieces = {name: tensor.chunk(self.count) for name, tensor in batch.items()}
         parts = [dict(zip(pieces, values, strict=True)) for values in zip(*pieces.values(), strict=True)]
-        shares = [len(next(iter(part.values()))) / rows for part in parts]
-        return torch.stack(list(self._pool.map(lane, parts, shares))).sum()
+        return torch.stack(self.map(lane, parts)).sum()

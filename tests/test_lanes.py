@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from bimos.config import DistillConfig
+from bimos.lanes import Lanes
 from bimos.methods import method_config
 from bimos.methods.ste import SharedSigns, sign_ste
 from bimos.models import convertible_linears
-from bimos.training.lanes import Lanes
 from bimos.training.student import binarize
 from bimos.training.trainer import Distillation
 

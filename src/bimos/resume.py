@@ -1,0 +1,97 @@
+"""What an unfinished run leaves in its output directory, and whether it may be continued.
+
+In the folder `work`: `run.json` (what was asked for), the token cache, one file per finished block and the distillation's checkpoints. It
+is deleted once the checkpoint is in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bimos.config import RunConfig
+from bimos.errors import BimosError
+from bimos.evaluation.versions import write_json
+from bimos.training.data import TokenStream
+
+WORK = "work"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of names, shapes and a few values of every parameter: tells one model from another in milliseconds."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        picked = values[:: max(1, len(values) // 16)].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + picked.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def settle(output: Path) -> None:
+    """Put things in order after a kill in one of the two moments when the work was not in its place.
+
+    They are the first, before `run.json` was there, and that when a new checkpoint had just taken the place of the old one.
+    """
+    work = output / WORK
+    stranded = output.resolve().parent / f".{output.resolve().name}.saving" / WORK
+    if (stranded / "run.json").exists() and output.is_dir() and not work.exists():
+        stranded.rename(work)
+    if work.is_dir() and all(path.name.startswith(".run.json.") for path in work.iterdir()):
+        shutil.rmtree(work)
+        with contextlib.suppress(OSError):
+            output.rmdir()
+
+
+def read_run(output: Path) -> dict[str, Any]:
+    path = output / WORK / "run.json"
+    if not path.exists():
+        done = " (the run there is finished)" if (output / "result.json").exists() else ""
+        raise BimosError(f"nothing to resume in '{output}'{done}; start without --resume")
+    with contextlib.suppress(ValueError):
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(known, dict) and {"model", "weights", "config", "evaluate"} <= known.keys():
+            return known
+    raise BimosError(f"'{path}' is damaged; start anew with --overwrite")
+
+
+def remembered(output: str | Path) -> dict[str, Any]:
+    """The config that the unfinished run in `output` was started with. Raises BimosError: there is none."""
+    output = Path(output).expanduser()
+    settle(output)
+    return read_run(output)["config"]
+
+
+def check_same_run(output: Path, known: dict[str, Any], model: str, config: RunConfig) -> None:
+    if known["model"] != model and not _same_path(known["model"], model):
+        raise BimosError(f"the run in '{output}' is of model '{known['model']}', not '{model}'; name that model, or use --overwrite")
+    before, now = _flat(known["config"]), _flat(json.loads(json.dumps(config.to_dict())))
+    begun = any((output / WORK / "distill").glob("checkpoint-*"))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and (begun or not key.startswith("distill.")):
+            raise BimosError(
+                f"the run in '{output}' was started with {key}={before.get(key)}, now it is {now.get(key)}; "
+                "give the same options (none: they are remembered) or use --overwrite"
+            )
+
+
+def _same_path(a: str, b: str) -> bool:
+    return Path(a).expanduser().exists() and Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
+
+
+def check_same_text(stream: TokenStream, path: Path) -> None:
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != stream.fingerprint:
+        raise BimosError(f"the training text '{stream.spec}' has changed since the run began; put it back, or start anew with --overwrite")
+    write_json(path, stream.fingerprint)  # type: ignore[arg-type]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
