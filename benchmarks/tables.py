@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+TEXTS = {"wikitext2": "WikiText-2", "c4": "C4 (train sample b)"}
 MARKED = re.compile(r"(<!-- results:start -->\n).*?(<!-- results:end -->)", re.DOTALL)
 
 
@@ -35,31 +36,26 @@ def sizes() -> str:
     return "\n".join(lines)
 
 
-def quality() -> str:
-    rows = []
-    for path in sorted(RESULTS.glob("quality-*/*.json")):
-        result = json.loads(path.read_text())
-        if "stages" not in result:
-            continue
-        cells = []
-        for name in ("wikitext2", "c4"):
-            measured = result["perplexity"].get(name)
-            cells.append("" if not measured else f"{measured['value']:.1f} ({measured['value'] / measured['teacher']:.1f}x)")
-        minutes = sum(stage["seconds"] for stage in result["stages"]) / 60
-        tokens = sum(stage["tokens"] for stage in result["stages"])
-        rows.append((result["perplexity"]["wikitext2"]["value"], path.stem, result, minutes, tokens, cells))
-    if not rows:
+def quality(folder: Path) -> str:
+    """One comparison: all rows have the same budget, text, seed and windows."""
+    results = [(path.stem, json.loads(path.read_text())) for path in sorted(folder.glob("*.json")) if path.stem != "teacher"]
+    if not results:
         return ""
-    first = rows[0][2]
-    windows = first["perplexity"]["wikitext2"]["windows"]
+    results.sort(key=lambda row: row[1]["perplexity"]["wikitext2"]["value"])
+    texts = [(key, title) for key, title in TEXTS.items() if all(key in result["perplexity"] for _, result in results)]
+    first = results[0][1]
+    windows = ", ".join(f"{first['perplexity'][key]['windows']} of {title}" for key, title in texts)
     lines = [
-        f"Perplexity of SmolLM2-135M-Instruct with all 210 body linears binarized, {windows} windows of 2048 tokens, in brackets times the "
-        f"teacher's; {first['machine']['cores']} cores of {first['machine']['cpu']} (`benchmarks/quality.py`):",
+        f"SmolLM2-135M-Instruct, all 210 body linears binarized, at most {first['config']['minutes']:.0f} minutes of work on {first['machine']['cores']} "
+        f"cores of {first['machine']['cpu']} (`benchmarks/quality.py`); perplexity on windows of 2048 tokens ({windows}), in brackets times the teacher's:",
         "",
-        "| recipe | minutes | tokens | bits per body weight | WikiText-2 | C4 (train sample b) |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| recipe | minutes | tokens distilled | bits per body weight | {' | '.join(title for _, title in texts)} |",
+        "| --- " * (4 + len(texts)) + "|",
     ]
-    for _, name, result, minutes, tokens, cells in sorted(rows, key=lambda row: row[0]):
+    for name, result in results:
+        minutes = sum(stage["seconds"] for stage in result["stages"]) / 60
+        tokens = sum(stage["tokens"] for stage in result["stages"] if stage["name"] == "distill")
+        cells = [f"{p['value']:,.1f} ({p['value'] / p['teacher']:,.1f}x)" for p in (result["perplexity"][key] for key, _ in texts)]
         lines.append(f"| {name} | {minutes:.0f} | {tokens / 1000:.0f} k | {result['body_bits_per_weight']:.3f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -70,7 +66,8 @@ def main() -> None:
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    tables = "\n\n".join(part for part in (quality(), sizes()) if part)
+    parts = [*(quality(folder) for folder in sorted(RESULTS.glob("quality-*"), reverse=True)), sizes()]
+    tables = "\n\n".join(part for part in parts if part)
     filled = MARKED.sub(lambda match: f"{match[1]}\n{tables}\n\n{match[2]}", text)
     if arguments.check:
         sys.exit(filled != text)
