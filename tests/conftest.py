@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: it rea
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,14 @@ CHAT_TEMPLATE = (
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)  # tiny matrices: threads cost more than they do
+
+
+@pytest.fixture(params=[1, 4], ids=["one thread", "two lanes"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Whatever the machine has: work on one thread, and on so many that batches are divided between two lanes."""
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -86,6 +86,30 @@ def test_empty_model_directory(tmp_path: Path, text_file: Path) -> None:
         assert_refused(run(*arguments), "empty", "config.json")
 
 
+def test_models_of_other_kinds(tmp_path: Path, quantized: Path) -> None:
+    encoder, unknown, broken = (tmp_path / name for name in ("encoder", "unknown", "broken"))
+    for directory, kind in ((encoder, "t5"), (unknown, "no-such-kind")):
+        shutil.copytree(quantized, directory)
+        (directory / "config.json").write_text(json.dumps({"model_type": kind, "num_expert": 2}))
+        for command in (["info", directory], ["convert", directory, "-o", tmp_path / "out"]):
+            assert_refused(run(*command), kind)
+    shutil.copytree(quantized, broken)
+    (broken / "tokenizer.json").write_text((quantized / "tokenizer.json").read_text()[:1000])
+    assert_refused(run("generate", broken, "--prompt", "x"), "broken")
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**32)])
+def test_seeds_that_no_generator_takes(quantized: Path, seed: str) -> None:
+    result = run("generate", quantized, "--prompt", "x", "--seed", seed)
+    assert result.exit_code == 2 and "--seed" in result.stderr and "Traceback" not in result.output
+
+
+def test_demo_that_cannot_begin(tmp_path: Path, text_file: Path) -> None:
+    assert_refused(run("demo", "-o", text_file), str(text_file))
+    assert_refused(run("demo", "-o", tmp_path / "demo", "--minutes", "0"), "0.0 minutes")
+    assert not (tmp_path / "demo").exists()  # nothing was fetched
+
+
 def test_hub_id_without_network(tmp_path: Path, text_file: Path) -> None:
     assert_refused(run(*quantize("nobody/no-model", tmp_path / "out", text_file)), "nobody/no-model", "network")
 

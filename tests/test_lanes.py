@@ -24,10 +24,9 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def four_threads() -> Iterator[None]:
     """Whatever the machine has."""
-    before = torch.get_num_threads()
     torch.set_num_threads(4)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
 
 
 def pair() -> tuple[PreTrainedModel, PreTrainedModel]:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bimos.config import RunConfig
 from bimos.evaluation.perplexity import perplexity
+from bimos.methods import method_config
 from bimos.quantize import plan, run
 from bimos.resume import WORK
 from bimos.training.teacher import TopKCache
@@ -31,6 +32,24 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 COMPONENTS = {"planes", "scales", "routers", "biases", "embedding", "head", "norms and others", "unconverted linears", "file headers"}
+
+
+@pytest.mark.parametrize(
+    ("given", "tokens", "minutes"), [({}, None, module.DEFAULT_MINUTES), ({"tokens": 64}, 64, None), ({"minutes": 2.0}, None, 2.0)]
+)
+def test_budget_of_the_python_api(
+    given: dict[str, Any], tokens: int | None, minutes: float | None, teacher_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[RunConfig] = []
+
+    def stop(teacher: Any, tokenizer: Any, config: RunConfig, *more: Any) -> None:
+        seen.append(config)
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "_train", stop)
+    with pytest.raises(InterruptedError):
+        module.quantize(teacher_directory, method_config("binarymos"), data="text.txt", **given)
+    assert (seen[0].tokens, seen[0].minutes) == (tokens, minutes)
 
 
 # Sizes from the config alone

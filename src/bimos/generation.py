@@ -36,11 +36,11 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise BimosError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise BimosError(f"--temperature {self.temperature}: must be 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise BimosError(f"--top-p {self.top_p}: must be above 0 and at most 1")
-        if self.repetition_penalty <= 0:
+        if not self.repetition_penalty > 0:
             raise BimosError(f"--repetition-penalty {self.repetition_penalty}: must be above 0; 1 is none")
 
     def arguments(self) -> dict[str, Any]:

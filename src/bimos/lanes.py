@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Self, TypeVar
 
 import torch
@@ -43,7 +43,7 @@ class Lanes:
             def start() -> None:
                 torch.get_num_threads()  # a thread's first look takes the process's number; its own is to stay
                 torch.set_num_threads(self._cores // self.count)
-                started.wait()
+                started.wait(60)
 
             self._pool = ThreadPoolExecutor(self.count, "bimos-lane", initializer=start)
             for future in [self._pool.submit(int) for _ in range(self.count)]:
@@ -58,7 +58,11 @@ class Lanes:
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """`function` of every item, in order. Gradient mode and autocast are those of a new thread: `function` sets its own."""
-        return list(map(function, items) if self._pool is None else self._pool.map(function, items))
+        if self._pool is None:
+            return list(map(function, items))
+        futures = [self._pool.submit(function, item) for item in items]
+        wait(futures)  # all of them, whatever one raises: nothing goes on behind the caller's back
+        return [future.result() for future in futures]
 
     def backward(self, loss_of: Callable[..., Tensor], batch: dict[str, Tensor], factor: float = 1.0) -> Tensor:
         """Add the gradient of `factor * loss_of(**batch)` to every parameter's; returns the loss, without its graph or `factor`."""

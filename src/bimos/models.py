@@ -64,7 +64,7 @@ def load_tokenizer(model: str | Path) -> Any:
     source, extra = _source(model)
     try:
         return AutoTokenizer.from_pretrained(source, **extra)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises bare exceptions
         raise _explain(model, error) from None
 
 

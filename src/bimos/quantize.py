@@ -77,7 +77,7 @@ def quantize(
         method: which method, with its options.
         data: see `bimos.training.sources`.
         tokenizer: of a loaded model; by default the one found under the model's name.
-        options: fields of `RunConfig`, such as `tokens`, `minutes`, `seed`, `distill={"lr_latent": 1e-3}`.
+        options: fields of `RunConfig`, such as `tokens`, `minutes` (an hour, if neither is given), `seed`, `distill={"lr_latent": 1e-3}`.
 
     Returns:
         The packed model, ready for `generate` and `save_pretrained`.
@@ -85,7 +85,8 @@ def quantize(
     Raises:
         BimosError: see `run`.
     """
-    config = RunConfig.from_dict({"method": method.name, "options": method.to_dict(), "data": data, **options}, "bimos.quantize")
+    values = {"method": method.name, "options": method.to_dict(), "data": data, **options}
+    config = _with_budget(RunConfig.from_dict(values, "bimos.quantize"))
     if isinstance(model, PreTrainedModel):
         teacher, tokenizer = model, tokenizer or load_tokenizer(str(model.name_or_path))
     else:
@@ -133,9 +134,7 @@ def run(
     if resume:
         evaluate = evaluate or read_run(output)["evaluate"]
         config = config or RunConfig.from_dict(remembered(output), str(work / "run.json"))
-    config = dataclasses.replace(config or RunConfig())
-    if config.tokens is None and config.minutes is None:
-        config.minutes = DEFAULT_MINUTES
+    config = _with_budget(config or RunConfig())
     method = method_config(config.method, config.options)
     if not config.data:
         raise BimosError("no training text: give --data a txt, jsonl or parquet file, a Hub dataset, or 'self'")
@@ -247,12 +246,18 @@ def _train(
             distinct = None if again is None else _whole_batches(-(-again // length), steps)
             cache = None
             if config.distill.teacher == "cached":
-                vocabulary = teacher.config.vocab_size
+                vocabulary = teacher.config.get_text_config().vocab_size
                 cache = TopKCache(work / "logits", distinct or count, length, min(config.distill.top_k, vocabulary), vocabulary)
             data = NumberedWindows(stream.as_dataset(calibration, count), count, distinct, config.seed)
             report = distill(student, teacher, data, length, config.distill, budget, work / "distill", progress, cache, config.seed)
             stages.append({**report, "peak_memory_bytes": peak_bytes()})
     return student, stages  # type: ignore[return-value]
+
+
+def _with_budget(config: RunConfig) -> RunConfig:
+    """The config, with the default's minutes where neither minutes nor tokens are given."""
+    endless = config.tokens is None and config.minutes is None
+    return dataclasses.replace(config, minutes=DEFAULT_MINUTES if endless else config.minutes)
 
 
 def _check_fit(teacher: PreTrainedModel, method: MethodConfig, config: RunConfig) -> None:

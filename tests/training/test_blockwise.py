@@ -49,7 +49,7 @@ def reconstruct(directory: Path, windows: Tensor, run: RunConfig | None = None, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_block_gets_better(tmp_path: Path, windows: Tensor, dtype: torch.dtype) -> None:
+def test_every_block_gets_better(tmp_path: Path, windows: Tensor, dtype: torch.dtype, threads: int) -> None:
     report = reconstruct(tmp_path, windows, model=teacher(dtype))
     assert report["name"] == "blocks" and report["tokens"] == 12 * 8 * 16
     assert report["seconds"] > 0 and report["tokens_per_second"] > 0 and report["peak_memory_bytes"] > 2**20
@@ -103,7 +103,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("done", [0, 1, 2, 3])
-def test_resuming_gives_the_same_blocks(tmp_path: Path, windows: Tensor, done: int) -> None:
+def test_resuming_gives_the_same_blocks(tmp_path: Path, windows: Tensor, done: int, threads: int) -> None:
     whole = reconstruct(tmp_path / "whole", windows)
     torch.manual_seed(99)  # another process
     (tmp_path / "resumed").mkdir()
@@ -155,7 +155,7 @@ def test_what_is_skipped_stays_dense(tmp_path: Path, windows: Tensor) -> None:
     assert torch.equal(*weights)  # type: ignore[arg-type]
 
 
-def test_a_seed_decides(tmp_path: Path, windows: Tensor) -> None:
+def test_a_seed_decides(tmp_path: Path, windows: Tensor, threads: int) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run = config(epochs=2)
         run.seed = seed
@@ -195,6 +195,14 @@ def test_starts_fit_the_time(tmp_path: Path, windows: Tensor, monkeypatch: pytes
     monkeypatch.setattr(blockwise.time, "monotonic", lambda: now[0])
     reconstruct(tmp_path / "few", windows, config(epochs=1), seconds=32.0)
     assert seen == [8, 4, 4]  # 16 of the 32 seconds, then 8 each; never less than a batch
+    (tmp_path / "few" / "block-002.safetensors").unlink()
+    reconstruct(tmp_path / "few", windows, config(epochs=1), seconds=32.0)
+    assert seen == [8, 4, 4, 4]  # remembered
+    now[0], seen[:] = 0.0, []
+    plenty = config(epochs=1)
+    plenty.initialise.sequences = 100
+    reconstruct(tmp_path / "all", windows, plenty, seconds=32.0)
+    assert seen == [8, 4, 4]  # there are no more than eight
     now[0], seen[:] = 0.0, []
     reconstruct(tmp_path / "many", windows, config(epochs=1), seconds=100.0)
     assert seen == [8, 8, 8]

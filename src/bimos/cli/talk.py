@@ -17,7 +17,7 @@ MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Stop after so many
 Temperature = Annotated[float, typer.Option(metavar="T", help="0 takes the likeliest token; higher is freer.")]
 TopP = Annotated[float, typer.Option(metavar="P", help="Sample from the likeliest tokens with this total probability.")]
 Penalty = Annotated[float, typer.Option("--repetition-penalty", metavar="R", help="Above 1, tokens that were there become less likely.")]
-Seed = Annotated[int | None, typer.Option(metavar="N", help="The same seed gives the same text.", show_default=False)]
+Seed = Annotated[int | None, typer.Option(metavar="N", min=0, max=2**32 - 1, help="The same seed gives the same text.", show_default=False)]
 
 
 def generate(

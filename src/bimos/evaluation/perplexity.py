@@ -30,7 +30,7 @@ from bimos.evaluation.mode import evaluating
 from bimos.evaluation.texts import EvaluationText
 from bimos.lanes import Lanes
 
-LOGIT_ELEMENTS = 2**23  # held at a time in float32: 32 MiB
+LOGIT_ELEMENTS = 2**23  # held at a time in float32, by each lane: 32 MiB
 PROBE_TOKENS = 32
 
 
@@ -76,8 +76,8 @@ def perplexity(
         model: a causal language model of transformers, in any precision, on any device.
         context: tokens a window; a model with a shorter maximum gets windows of that length.
         windows: only the first so many. None: all.
-        batch_size: windows a forward pass.
-        progress: called after each with windows done, windows in all, and the perplexity so far.
+        batch_size: windows a forward pass. On a CPU two passes run side by side.
+        progress: called now and then with windows done, windows in all, and the perplexity so far.
 
     Raises:
         BimosError: fewer than two tokens, or a number that must be positive is not.
@@ -136,8 +136,10 @@ def _losses(model: Any, tokens: Tensor, batch_size: int, progress: Callable[[int
             rows = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
         return [_summed_loss(row[:-1], window[1:], head, vocab) / (len(window) - 1) for row, window in zip(rows, batch, strict=True)]
 
-    with evaluating(model), Lanes(len(tokens), model.device) as lanes:
+    with evaluating(model):
         head = plain_head(model, tokens[:1, :PROBE_TOKENS].to(model.device))
+    # All logits of a window at a time are more than one should hold of two windows.
+    with evaluating(model), Lanes(1 if head is None else len(tokens), model.device) as lanes:
         for batches in tokens.to(model.device).split(batch_size * lanes.count):
             for found in lanes.map(losses_of, batches.split(batch_size)):
                 losses += found

@@ -10,6 +10,7 @@ import dataclasses
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def read_documents(path: Path) -> list[str]:
             return [str(row.get(column) or "") for row in rows]
     except OSError as error:
         raise BimosError(f"cannot read '{path}': {error.strerror or error}") from None
-    except ValueError as error:  # not UTF-8, not JSON, not parquet
+    except (ValueError, EOFError, zlib.error) as error:  # not UTF-8, not JSON, not parquet, not a whole gzip file
         raise BimosError(f"'{path}' is not a readable {kind} file: {' '.join(str(error).split())}") from None
     if kind in ("txt", "md", "text", "raw"):
         return [content]

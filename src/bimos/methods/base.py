@@ -76,7 +76,8 @@ class TrainableLinear(nn.Module):
     """A linear in training: a latent weight and whatever scales it. Interface for the trainers and the packer.
 
     `forward` takes `[..., in]` and returns `[..., out]`, and equals `PackedLinear` with the tensors of `pack()`
-    up to the rounding of the scales to their stored precision.
+    up to the rounding of the scales to their stored precision. Two threads call it at once, each with a part of the batch: it keeps
+    nothing on `self`, and does not write to what `sign_ste` gives it.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, config: Any) -> None:

@@ -80,7 +80,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def sign_ste(weight: Tensor, x: Tensor) -> Tensor:
-    """The signs of `weight` in the dtype in which they will be multiplied with `x`."""
+    """The signs of `weight` in the dtype in which they will be multiplied with `x`. Shared with other passes: not to be written to."""
     dtype = compute_dtype(x)
     shared = getattr(weight, "shared_signs", None)
     return shared if shared is not None and shared.dtype == dtype else SignSTE.apply(weight, dtype)

@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from bimos.errors import BimosError
 from bimos.kernels.reference import unpack_signs
 from bimos.packing.checkpoint import check_output, save_packed, written_aside
 from bimos.packing.embedding import Int8Embedding, Int8Head
 from bimos.packing.format import pack_signs
-from bimos.packing.hf import describe, pack_model, skeleton
+from bimos.packing.hf import describe, load_dense_config, pack_model, skeleton
 from bimos.packing.integrity import is_packed, read_config
 from bimos.packing.linear import PackedLinear
 
@@ -60,7 +60,7 @@ def convert(source: str | Path, directory: str | Path, *, embedding_bits: int = 
     experts = values.get("num_expert")
     if not isinstance(experts, int):
         raise BimosError(f"'{source}' has no num_expert in config.json: not a checkpoint in the BinaryMoS authors' layout")
-    config = AutoConfig.from_pretrained(str(source))
+    config = load_dense_config(source)
     del config.num_expert
     tensors: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}

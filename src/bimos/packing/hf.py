@@ -8,6 +8,7 @@ loader fills them. Saving: it adds checksums to the headers. Modules hold buffer
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -171,8 +172,21 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except ValueError:  # an encoder, say
+        raise BimosError(f"a model of type '{config.model_type}' is no causal language model") from None
+
+
+def load_dense_config(directory: str | Path) -> PretrainedConfig:
+    """The config of a model directory. Raises BimosError if transformers cannot make sense of it."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(directory))
+    except (OSError, ValueError, KeyError) as error:
+        raise BimosError(f"cannot read '{directory}': {str(error).strip().splitlines()[0]}") from None
 
 
 def describe(model: PreTrainedModel, *, method: str, options: dict[str, Any], embedding_bits: int) -> BimosConfig:

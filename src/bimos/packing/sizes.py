@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bimos.errors import BimosError
-from bimos.packing.hf import skeleton
+from bimos.packing.hf import load_dense_config, skeleton
 from bimos.packing.integrity import DTYPES, METADATA_KEY, read_config, read_headers, weight_files
 
 LayoutOf = Callable[[int, int, bool], Mapping[str, tuple[tuple[int, ...], torch.dtype]]]
@@ -49,7 +49,7 @@ def size_report(
         files = weight_files(source)
         stored = read_headers(files)
         read_config(source)
-        dense = skeleton(AutoConfig.from_pretrained(str(source)))
+        dense = skeleton(load_dense_config(source))
         unknown = sorted({dtype for _, dtype in stored.values()} - set(_ITEMSIZE))
         if unknown:
             raise BimosError(f"'{source}' holds tensors of type {unknown[0]}, whose size is not known here")

@@ -69,12 +69,12 @@ def reconstruct_blocks(
     size = min(config.blocks.batch_size, len(windows))
     lanes = Lanes(size if size % LANES == 0 else 1, windows.device)  # both lanes call blocks with the same number of rows
     _, calls = capture(teacher, windows[:size])
-    _, lane_calls = capture(teacher, windows[: size // lanes.count])
+    lane_calls = calls if lanes.count == 1 else capture(teacher, windows[: size // lanes.count])[1]
     stream = torch.cat([embed(teacher, windows[rows]) for rows in batches(len(windows), size)])
     student_stream = stream.clone()
     history: list[dict[str, Any]] = []
     worked = trained_tokens = 0.0
-    sequences = config.initialise.sequences
+    most = sequences = min(config.initialise.sequences, len(windows))
     progress.begin("block reconstruction", len(blocks))
     for index, (block, call, lane_call) in enumerate(zip(blocks, calls, lane_calls, strict=True)):
         local = [name for number, name in names if int(number) == index]
@@ -83,6 +83,7 @@ def reconstruct_blocks(
         found = _finished(path)
         if found is not None:
             tensors, entry = found
+            sequences = int(entry["next_sequences"])
             replace_empty(trainable, local, method)
             load_trained(trainable, tensors)
             advance(block, call, stream, size, out=stream)
@@ -96,11 +97,11 @@ def reconstruct_blocks(
             if seconds is not None:  # the next start is to fit the time that every block has
                 each = max(0.0, seconds - worked - (time.monotonic() - start)) / max(1, len(blocks) - index - 1)
                 affordable = int(sequences * each / max(1e-9, time.monotonic() - start))
-                sequences = max(size, min(config.initialise.sequences, affordable))
+                sequences = max(size, min(most, affordable))
             targets = advance(block, call, stream, size, out=stream)
             entry = _reconstruct(trainable, index, lanes, lane_call, student_stream, targets, config, generator, left, start, progress)
             advance(trainable, call, student_stream, size, out=student_stream)
-            entry["seconds"] = time.monotonic() - start
+            entry |= {"seconds": time.monotonic() - start, "next_sequences": float(sequences)}
             trained = {name: tensor for name, tensor in trainable.state_dict().items() if _is_trained(trainable, name)}
             save_tensors(trained, path, {key: repr(value) for key, value in entry.items()})
         worked += entry["seconds"]
@@ -125,7 +126,7 @@ def _finished(path: Path) -> tuple[dict[str, Tensor], dict[str, float]] | None:
         return None
     try:
         tensors, metadata = load_tensors(path)
-        return tensors, {key: float(metadata[key]) for key in ("loss_first", "loss_last", "seconds", "tokens")}
+        return tensors, {key: float(metadata[key]) for key in ("loss_first", "loss_last", "seconds", "tokens", "next_sequences")}
     except (SafetensorError, KeyError, ValueError):
         return None  # damaged: the block is done again
 

@@ -7,10 +7,11 @@ from typing import Any
 from torch import nn
 
 from bimos.config import RunConfig
+from bimos.lanes import LANES
 from bimos.models import convertible_linears, decoder_blocks
 from bimos.training.losses import CHUNK_BYTES
 
-RUNTIME = 450 * 2**20  # Python, torch and transformers, before any model
+RUNTIME = 600 * 2**20  # Python, torch, transformers and the text that is mapped, before any model
 LATENT = 4 * 4  # float32 latent, gradient and two Adam moments
 MOMENTS, COPIES = 8, 8  # float32 matrices [in, in] and [out, in] that error compensation holds
 SIGNS = 2 + 2  # bfloat16 signs, kept for the backward pass, and their gradient
@@ -30,7 +31,7 @@ def peak_memory(model: nn.Module, config: RunConfig) -> dict[str, int]:
     _, blocks = decoder_blocks(model)
     weights = 2 * sum(p.numel() for p in model.parameters())
     latent = sum(m.weight.numel() for m in linears.values())
-    settings: Any = model.config
+    settings: Any = model.config.get_text_config()
     hidden = settings.hidden_size
     kept = sum(2 * (3 * m.in_features + 3 * m.out_features) for m in linears.values())  # bytes a token
     kept += len(blocks) * 2 * 12 * hidden  # norms, residuals, attention
@@ -48,5 +49,5 @@ def peak_memory(model: nn.Module, config: RunConfig) -> dict[str, int]:
         step = config.distill.batch_size * config.sequence_length
         state = (LATENT if config.distill.train == "all" else 4) + SIGNS
         states = 2 * 2 * hidden * len(blocks) * step if config.distill.hidden_weight or config.distill.relative_weight else 0
-        stages["distill"] = RUNTIME + weights + state * latent + kept * step + states + 6 * CHUNK_BYTES
+        stages["distill"] = RUNTIME + weights + state * latent + kept * step + states + 6 * LANES * CHUNK_BYTES
     return stages

@@ -24,7 +24,7 @@ def hidden_states(model: nn.Module, input_ids: Tensor, every: bool) -> tuple[Ten
 
 def logit_head(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """From last hidden states `[n, d]` to logits `[n, V]`, with what the architecture does to them (Gemma 2, Cohere, Granite)."""
-    head, config = model.get_output_embeddings(), model.config  # type: ignore[operator]
+    head, config = model.get_output_embeddings(), model.config.get_text_config()  # type: ignore[operator, union-attr]
     cap = getattr(config, "final_logit_softcapping", None)
     factor = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
 

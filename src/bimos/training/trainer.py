@@ -78,7 +78,7 @@ class Distillation(nn.Module):
     def forward(self, input_ids: Tensor, window: Tensor) -> dict[str, Tensor]:
         """Loss per token of `input_ids [B, T]`; `window [B]` are the windows' numbers in the token stream."""
         config, student, teacher = self._config, self.student, self._teacher[0]
-        vocabulary: int = student.config.vocab_size  # type: ignore[union-attr, assignment]
+        vocabulary: int = student.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
         every = config.hidden_weight > 0 or config.relative_weight > 0
         student_head = logit_head(student)
         states: tuple[Tensor, ...] = ()
@@ -148,6 +148,8 @@ class DistillTrainer(Trainer):
         self._signs: AbstractContextManager[Any] = nullcontext()
         if lanes.count > 1:
             latents = trained_parameters(model.student)["latent"]
+            signed = {id(latent) for latent in latents}
+            self._others = [p for p in model.parameters() if p.requires_grad and id(p) not in signed]
             self._signs = SharedSigns(latents, torch.bfloat16 if _is_bfloat16(model.student) else torch.float32)
         self._pending: list[float] = []
 
@@ -162,8 +164,14 @@ class DistillTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         factor = 1 / self.args.gradient_accumulation_steps
+        # Sums of an earlier batch are set aside: that of three gradients would depend on which lane comes first.
+        earlier = [(parameter, parameter.grad) for parameter in self._others if parameter.grad is not None]
+        for parameter, _ in earlier:
+            parameter.grad = None
         with self._signs:
             loss = self._lanes.backward(lambda **part: model(**part)["loss"], self._prepare_inputs(inputs), factor)
+        for parameter, grad in earlier:
+            parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
         self._count(loss)
         return loss * factor
 
