@@ -91,8 +91,8 @@ def test_models_of_other_kinds(tmp_path: Path, quantized: Path) -> None:
     for directory, kind in ((encoder, "t5"), (unknown, "no-such-kind")):
         shutil.copytree(quantized, directory)
         (directory / "config.json").write_text(json.dumps({"model_type": kind, "num_expert": 2}))
-        for command in (["info", directory], ["convert", directory, "-o", tmp_path / "out"]):
-            assert_refused(run(*command), kind)
+        assert_refused(run("info", directory), kind)
+    assert_refused(run("convert", unknown, "-o", tmp_path / "out"), "no-such-kind")
     shutil.copytree(quantized, broken)
     (broken / "tokenizer.json").write_text((quantized / "tokenizer.json").read_text()[:1000])
     assert_refused(run("generate", broken, "--prompt", "x"), "broken")

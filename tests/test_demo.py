@@ -113,7 +113,7 @@ def test_the_whole_demonstration_on_a_tiny_model(
     for path in (assets.train, assets.held_out):
         path.write_text(text)
     monkeypatch.setattr("bimos.demo.prepare", lambda folder: assets)
-    monkeypatch.setattr("bimos.demo.settings", lambda train, minutes: QUICK | {"data": str(train)})
+    monkeypatch.setattr("bimos.demo.settings", lambda train, minutes: QUICK | {"data": train})
     shown = CliRunner().invoke(app, ["demo", "-o", str(tmp_path / "demo")])
     assert shown.exit_code == 0, (shown.output, shown.exception)
     for part in ("bits per body weight", "held-out.txt", "What is the capital of France?", "student:", "report.html"):

@@ -48,7 +48,7 @@ def test_budget_of_the_python_api(
 
     monkeypatch.setattr(module, "_train", stop)
     with pytest.raises(InterruptedError):
-        module.quantize(teacher_directory, method_config("binarymos"), data="text.txt", **given)
+        module.quantize(teacher_directory, method_config("binarymos"), data="text.txt", sequence_length=32, **given)
     assert (seen[0].tokens, seen[0].minutes) == (tokens, minutes)
 
 

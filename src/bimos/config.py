@@ -19,7 +19,7 @@ from bimos.errors import BimosError
 class InitialiseConfig:
     """Stage 1: signs and scales that fit the teacher's weights, weighted by what its linears see."""
 
-    sequences: int = 128  # calibration sequences behind the input statistics
+    sequences: int = 64  # calibration sequences behind the input statistics
     activation_aware: bool = True  # hand the statistics to the method; False: it sees the weights alone
     refit: bool = True  # first refit each linear to the teacher's answers on the student's inputs
 
@@ -31,7 +31,7 @@ class BlocksConfig:
     enabled: bool = True
     tokens: int = 32_768  # calibration tokens, streamed through every block
     epochs: int = 2
-    batch_size: int = 4  # sequences
+    batch_size: int = 2  # sequences
     lr_latent: float = 4.0e-3
     lr_scale: float = 1.0e-3
     lr_router: float = 1.0e-4
@@ -45,9 +45,9 @@ class DistillConfig:
     enabled: bool = True
     batch_size: int = 2  # sequences a step
     accumulate: int = 1  # steps whose gradients are added up
-    lr_latent: float = 5.0e-4
-    lr_scale: float = 6.0e-4
-    lr_router: float = 1.0e-4
+    lr_latent: float = 7.0e-4
+    lr_scale: float = 8.0e-4
+    lr_router: float = 1.4e-4
     train: Literal["all", "scales"] = "all"  # `scales`: latents stay as they are
     train_norms: bool = True
     beta1: float = 0.9
@@ -73,7 +73,7 @@ class RunConfig:
     method: str = "binarymos"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the method
     data: str = ""
-    sequence_length: int = 256
+    sequence_length: int = 512
     seed: int = 0
     tokens: int | None = None  # of stage 3
     minutes: float | None = None  # of all stages

@@ -31,7 +31,8 @@ def peak_memory(model: nn.Module, config: RunConfig) -> dict[str, int]:
     _, blocks = decoder_blocks(model)
     weights = 2 * sum(p.numel() for p in model.parameters())
     latent = sum(m.weight.numel() for m in linears.values())
-    settings: Any = model.config.get_text_config()
+    whole: Any = model.config
+    settings = whole.get_text_config()
     hidden = settings.hidden_size
     kept = sum(2 * (3 * m.in_features + 3 * m.out_features) for m in linears.values())  # bytes a token
     kept += len(blocks) * 2 * 12 * hidden  # norms, residuals, attention
