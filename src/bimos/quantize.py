@@ -239,7 +239,9 @@ def _train(
         stages = [report]
         if config.distill.enabled:
             reset_peak()
-            budget = Budget(tokens=config.tokens) if total is None else Budget(seconds=max(1.0, total - report["seconds"] - overhead))
+            # Whichever is more: blocks of an earlier process, or what this one has also done between the stages.
+            spent = max(report["seconds"] + overhead, time.monotonic() - started)
+            budget = Budget(tokens=config.tokens) if total is None else Budget(seconds=max(1.0, total - spent))
             steps = config.distill.batch_size * config.distill.accumulate
             count = ENDLESS if config.tokens is None else _whole_batches(-(-config.tokens // length), steps)
             again = config.distill.distinct_tokens
