@@ -136,7 +136,7 @@ def main() -> None:
         print(json.dumps(measure(arguments.stage, arguments, arguments.profiled)))
         return
     result: dict[str, Any] = {
-        "model": arguments.model,
+        "model": Path(arguments.model).name,
         "batch": arguments.batch,
         "sequence_length": arguments.length,
         "threads": torch.get_num_threads(),

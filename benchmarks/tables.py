@@ -48,7 +48,7 @@ def quality(folder: Path) -> str:
     lines = [
         f"SmolLM2-135M-Instruct, all 210 body linears binarized, at most {first['config']['minutes']:.0f} minutes of work on "
         f"{first['machine']['cores']} cores of {first['machine']['cpu']} (`benchmarks/quality.py`); perplexity on windows of 2048 "
-        f"tokens ({windows}), in brackets times the teacher's:",
+        f"tokens ({windows}), in brackets times the teacher's. Text: `{first['config']['data']}`.",
         "",
         f"| recipe | minutes | tokens distilled | bits per body weight | {' | '.join(title for _, title in texts)} |",
         "| --- " * (4 + len(texts)) + "|",
