@@ -46,7 +46,7 @@ def quality(folder: Path) -> str:
     first = results[0][1]
     windows = ", ".join(f"{first['perplexity'][key]['windows']} of {title}" for key, title in texts)
     lines = [
-        f"SmolLM2-135M-Instruct, all 210 body linears binarized, at most {first['config']['minutes']:.0f} minutes of work on "
+        f"SmolLM2-135M-Instruct, all 210 body linears binarized, a budget of {first['config']['minutes']:.0f} minutes of work on "
         f"{first['machine']['cores']} cores of {first['machine']['cpu']} (`benchmarks/quality.py`); perplexity on windows of 2048 "
         f"tokens ({windows}), in brackets times the teacher's. Text: `{first['config']['data']}`.",
         "",
