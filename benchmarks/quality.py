@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from bimos.config import RunConfig, override, read_yaml
 from bimos.evaluation.perplexity import perplexity
 from bimos.evaluation.texts import load_text
 from bimos.evaluation.versions import provenance, write_json
-from bimos.models import load_teacher
+from bimos.models import load_model, load_teacher, load_tokenizer
 from bimos.quantize import run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -30,7 +32,10 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("default", {}),
     "onebit": ("default", {"method": "onebit"}),
     "sign-trained": ("default", {"method": "sign"}),
-    "sign": ("default", {"method": "sign", "blocks": {"enabled": False}, "distill": {"enabled": False}}),
+    "sign": (
+        "default",
+        {"method": "sign", "initialise": {"activation_aware": False}, "blocks": {"enabled": False}, "distill": {"enabled": False}},
+    ),
     # Their step of 4 x 2048 tokens in two halves: the same gradient in half the memory.
     "paper": ("binarymos-paper", {"distill": {"batch_size": 2, "accumulate": 2}}),
     "onebit-paper": ("onebit-paper", {"distill": {"batch_size": 2, "accumulate": 2}}),
@@ -76,29 +81,32 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console()
     texts = [name for name in arguments.ppl.split(",") if name]
-    for row in arguments.rows.split(","):
-        path = arguments.output / f"{row}.json"
-        if path.exists():
-            console.print(f"{row}: done already, {path}")
-            continue
-        folder = arguments.work / arguments.output.name / row
-        console.rule(f"{row}, {arguments.minutes:g} minutes")
-        unfinished = (folder / "work" / "run.json").exists()
-        if not (folder / "result.json").exists():
-            run(arguments.model, folder, config_of(row, arguments), resume=unfinished, overwrite=not unfinished, console=console)
-        result = json.loads((folder / "result.json").read_text())
-        from bimos.models import load_model, load_tokenizer
-
-        student, tokenizer = load_model(folder), load_tokenizer(folder)
-        for name in texts:
-            measured = perplexity(student, tokenizer, load_text(name), windows=arguments.windows).to_dict()
-            result["perplexity"][name] = measured
-            console.print(f"{row}, {name}: {measured['value']:.1f} ± {measured['stderr'] or 0:.1f} over {measured['windows']} windows")
-        for name, measured in teacher_perplexity(arguments, texts).items():
-            if name in result["perplexity"]:
-                result["perplexity"][name]["teacher"] = measured["value"]
-        write_json(path, result)
-        shutil.copy(path, folder / "result.json")
+    rows = arguments.rows.split(",")
+    if len(rows) > 1:
+        for row in rows:  # a process each: none works in memory that another has left behind
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--rows", row], check=True)
+        return
+    row = rows[0]
+    path = arguments.output / f"{row}.json"
+    if path.exists():
+        console.print(f"{row}: done already, {path}")
+        return
+    folder = arguments.work / arguments.output.name / row
+    console.rule(f"{row}, {arguments.minutes:g} minutes")
+    unfinished = (folder / "work" / "run.json").exists()
+    if not (folder / "result.json").exists():
+        run(arguments.model, folder, config_of(row, arguments), resume=unfinished, overwrite=not unfinished, console=console)
+    result = json.loads((folder / "result.json").read_text())
+    student, tokenizer = load_model(folder), load_tokenizer(folder)
+    for name in texts:
+        measured = perplexity(student, tokenizer, load_text(name), windows=arguments.windows).to_dict()
+        result["perplexity"][name] = measured
+        console.print(f"{row}, {name}: {measured['value']:.1f} ± {measured['stderr'] or 0:.1f} over {measured['windows']} windows")
+    for name, measured in teacher_perplexity(arguments, texts).items():
+        if name in result["perplexity"]:
+            result["perplexity"][name]["teacher"] = measured["value"]
+    write_json(path, result)
+    shutil.copy(path, folder / "result.json")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -236,3 +237,21 @@ def test_experts_fit_their_tokens_better_than_one_pair_of_scales() -> None:
 def test_how_many_experts_there_may_be(experts: int) -> None:
     with pytest.raises(BimosError, match="from 1 to 256"):
         BinaryMoSConfig(num_experts=experts)
+
+
+def test_a_huge_token_that_counts_little_does_not_decide_for_experts() -> None:
+    """Massive activations: relative to its own size such a token is one of many (see `relative_error`)."""
+    linear, statistics = nn.Linear(48, 64), correlated_inputs(48)
+    sample = statistics.sample.clone()
+    sample[0] *= 1000
+    importance = 1 / sample.square().sum(1)
+    gram = (sample * importance[:, None]).T @ sample / importance.sum()
+    huge = InputStatistics(gram.diagonal().clone(), sample, gram, importance)
+    expected = linear(sample)
+    errors = []
+    for known in (huge, dataclasses.replace(huge, importance=None)):
+        layer = start(linear, known, num_experts=4)
+        errors.append(((layer(sample) - expected).square().sum(1) / expected.square().sum(1)).mean().item())
+    one = start(linear, huge, num_experts=1)
+    alone = ((one(sample) - expected).square().sum(1) / expected.square().sum(1)).mean().item()
+    assert errors[0] < alone < errors[1]

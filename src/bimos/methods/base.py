@@ -40,11 +40,13 @@ class InputStatistics:
         second_moment: `E[x_j^2]`, float32 `[in]`.
         sample: some input vectors, float32 `[n, in]`, from which experts find their clusters. May be empty.
         gram: `E[x x^T]`, float32 `[in, in]`, of which `second_moment` is the diagonal; None where it is not known.
+        importance: what each vector of the sample counts in `gram`, float32 `[n]`; None where all count the same.
     """
 
     second_moment: Tensor
     sample: Tensor
     gram: Tensor | None = None
+    importance: Tensor | None = None
 
     @classmethod
     def uninformed(cls, in_features: int) -> Self:

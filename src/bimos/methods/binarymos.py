@@ -22,6 +22,8 @@ from bimos.methods.compensation import Fit, compensated_fit, signs_of
 from bimos.methods.ste import compute_dtype, sign_ste, weighted_rank_one
 from bimos.packing.format import pack_signs
 
+SAMPLES_OF_DOUBT = 64  # a sample of this many vectors says no more about experts than the scale that they share
+
 
 class BinaryMoSLinear(TrainableLinear):
     """Trainable BinaryMoS linear.
@@ -58,7 +60,7 @@ class BinaryMoSLinear(TrainableLinear):
             fit = compensated_fit(weight, statistics.gram, config.compensation, config.iterations)
             rows, columns, decision = fit.row.expand(experts, -1), fit.column.expand(experts, -1), fit.decision
             if clusters is not None:
-                rows = _expert_rows(weight, fit, sample, F.softmax(sample @ clusters.router.T, -1))
+                rows = _expert_rows(weight, fit, statistics, F.softmax(sample @ clusters.router.T, -1))
         else:
             fits = []
             for expert in range(experts):
@@ -165,15 +167,22 @@ class BinaryMoSConfig(MethodConfig):
         return layout
 
 
-def _expert_rows(weight: Tensor, fit: Fit, sample: Tensor, gate: Tensor) -> Tensor:
-    """Output scales `[e, out]`: each row's least-squares mix over the sample `[n, in]`, gates `[n, e]` given; held to the shared scale."""
+def _expert_rows(weight: Tensor, fit: Fit, statistics: InputStatistics, gate: Tensor) -> Tensor:
+    """Output scales `[e, out]`: each row's least-squares mix over the sample, gates `[n, e]` given; held to the shared scale.
+
+    Vectors count as they do in the fit of the signs: where a few are hundreds of times larger, they must not decide alone.
+    """
+    sample, importance = statistics.sample, statistics.importance
+    if importance is not None:
+        sample = sample * importance.sqrt()[:, None]
+    experts, count = gate.shape[1], len(gate)
     product = (sample * fit.column) @ signs_of(fit.decision).T  # [n, out], to be scaled by the mix
     residual = (sample @ weight.T - product * fit.row) * product
     pairs = (gate[:, :, None] * gate[:, None, :]).flatten(1)  # [n, e*e]
     energy = product.square()
-    normal = (energy.T @ pairs).unflatten(1, (gate.shape[1], -1))  # [out, e, e]
-    ridge = 0.1 * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    normal = normal + ridge[:, None, None] * torch.eye(gate.shape[1], device=gate.device)
+    normal = (energy.T @ pairs).unflatten(1, (experts, -1))  # [out, e, e]
+    ridge = (0.1 + SAMPLES_OF_DOUBT / count) * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+    normal = normal + ridge[:, None, None] * torch.eye(experts, device=gate.device)
     return fit.row + torch.linalg.solve(normal, residual.T @ gate).T
 
 

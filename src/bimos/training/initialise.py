@@ -121,6 +121,7 @@ class _Measurement:
         self._cross: dict[str, Any] = dict.fromkeys(group.names, 0.0)
         self._weight = 0.0
         self._sample: list[Tensor] = []
+        self._importance: list[Tensor] = []
 
     def run(self, stream: Tensor, student_stream: Tensor, size: int, answers: bool = True) -> None:
         """Both streams through the block, `size` rows at a time; without `answers` there is nothing for `refit`."""
@@ -147,7 +148,9 @@ class _Measurement:
                     answer = answer - linear.bias.float()
                 self._cross[name] = self._cross[name] + weighted.T @ answer
             self._weight += weight.sum().item()
-            self._sample.append(x[:: max(1, len(x) // SAMPLES)].clone())
+            every = max(1, len(x) // SAMPLES)
+            self._sample.append(x[::every].clone())
+            self._importance.append(weight[::every, 0].clone())
 
     def _outputs(self, block: nn.Module, hidden: Tensor, stop_before: bool) -> tuple[dict[str, Tensor], Tensor]:
         """What the writers (and the group, unless stopped before it) give in `block`, and the group's input."""
@@ -187,7 +190,7 @@ class _Measurement:
 
     def statistics(self) -> InputStatistics:
         gram = self._gram / self._weight
-        return InputStatistics(gram.diagonal().clone(), torch.cat(self._sample), gram)
+        return InputStatistics(gram.diagonal().clone(), torch.cat(self._sample), gram, torch.cat(self._importance))
 
 
 def _tokens(output: Tensor) -> Tensor:
