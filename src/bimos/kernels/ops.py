@@ -16,6 +16,13 @@ from bimos.kernels import reference
 
 torch.library.define(
     "bimos::packed_linear",
+    "(Tensor x, Tensor weight, Tensor? scale_in, Tensor? scale_out, Tensor? router, Tensor? scale_group, Tensor? bias, "
+    "Tensor? tiles=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# What a faster kernel calls for what it does not cover itself.
+torch.library.define(
+    "bimos::packed_linear_reference",
     "(Tensor x, Tensor weight, Tensor? scale_in, Tensor? scale_out, Tensor? router, Tensor? scale_group, Tensor? bias) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -30,6 +37,7 @@ def _(
     router: Tensor | None,
     scale_group: Tensor | None,
     bias: Tensor | None,
+    tiles: Tensor | None = None,
 ) -> Tensor:
     planes, out_features, in_bytes = weight.shape
     torch._check(weight.dtype == torch.uint8, lambda: f"weight must be uint8, got {weight.dtype}")
@@ -55,7 +63,12 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-torch.library.impl("bimos::packed_linear", "CompositeExplicitAutograd")(reference.packed_linear)
+torch.library.impl("bimos::packed_linear", "CompositeExplicitAutograd")(
+    lambda x, weight, scale_in, scale_out, router, scale_group, bias, tiles=None: reference.packed_linear(
+        x, weight, scale_in, scale_out, router, scale_group, bias
+    )
+)
+torch.library.impl("bimos::packed_linear_reference", "CompositeExplicitAutograd")(reference.packed_linear)
 torch.library.impl("bimos::int8_linear", "CompositeExplicitAutograd")(reference.int8_linear)
 
 
