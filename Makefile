@@ -16,7 +16,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
-REQUIREMENTS := pyproject.toml constraints.txt
+REQUIREMENTS := pyproject.toml constraints.txt $(wildcard csrc/*)
+# Kernels are compiled against the torch that is installed, not against one of the build's own.
+BUILD_NEEDS := $(PIP_INSTALL) --quiet torch scikit-build-core cmake ninja
 
 .PHONY: help install dev demo test lint typecheck format test-slow clean
 
@@ -29,11 +31,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(VENV) install pip; }
 
 $(VENV)/.installed: $(BIN)/python $(REQUIREMENTS)
-	$(PIP_INSTALL) --quiet -e .
+	$(BUILD_NEEDS)
+	$(PIP_INSTALL) --quiet --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(BIN)/python $(REQUIREMENTS)
-	$(PIP_INSTALL) --quiet -e '.[dev,eval,logging]'
+	$(BUILD_NEEDS)
+	$(PIP_INSTALL) --quiet --no-build-isolation -e '.[dev,eval,logging]'
 	@touch $@ $(VENV)/.installed
 
 install: $(VENV)/.installed  ## bimos and what it needs, in .venv

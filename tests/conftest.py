@@ -44,6 +44,19 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def exact_kernels() -> Iterator[None]:
+    """Kernels that are exact to float32 rounding, for what is compared that closely."""
+    from bimos.kernels import native
+
+    level = native.isa()
+    if level:
+        native.use_isa("scalar")
+    yield
+    if level:
+        native.use_isa(level)
+
+
 @pytest.fixture(scope="session")
 def text() -> str:
     """Some twenty thousand characters of running text, the same every time."""
