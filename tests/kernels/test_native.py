@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def highest_level_afterwards() -> Iterator[None]:
         native.use_isa(HIGHEST)
 
 
-def make(planes: int, experts: int, n_in: int, n_out: int, group: int | None, scales: bool, bias: bool) -> dict[str, Tensor | None]:
+def make(planes: int, experts: int, n_in: int, n_out: int, group: int | None, scales: bool, bias: bool) -> dict[str, Any]:
     def half(*shape: int) -> Tensor:
         return (torch.rand(shape) + 0.1).half()
 
@@ -46,7 +47,7 @@ def make(planes: int, experts: int, n_in: int, n_out: int, group: int | None, sc
     }
 
 
-def exact(x: Tensor, tensors: dict[str, Tensor | None]) -> Tensor:
+def exact(x: Tensor, tensors: dict[str, Any]) -> Tensor:
     doubles = {name: t if t is None or t.dtype == torch.uint8 else t.double() for name, t in tensors.items()}
     gate = None if doubles["router"] is None else torch.softmax(x.double() @ doubles["router"].T, -1)
     weight = tensors["weight"]
@@ -98,7 +99,10 @@ def test_packed_linear(level: str, shape: dict, tokens: int, dtype: torch.dtype,
     finally:
         torch.set_num_threads(before)
     assert y.dtype == dtype and y.shape == (tokens, shape["n_out"])
-    assert relative_error(y, exact(x, tensors)) < ERRORS[dtype]
+    expected = exact(x, tensors)
+    # A few outputs may cancel to almost nothing: their size is then what random signs would give.
+    size = exact(x.abs(), tensors | {"weight": torch.full_like(tensors["weight"], 255)}).norm() / shape["n_in"] ** 0.5
+    assert (y.double() - expected).norm() < ERRORS[dtype] * max(expected.norm(), size)
 
 
 @pytest.mark.parametrize("level", HERE)
