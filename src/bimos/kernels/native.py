@@ -2,6 +2,7 @@
 
 They register themselves for the ops of `bimos.kernels.ops`. Instruction levels are `scalar`, `avx2` and `avx512`; the highest that the
 processor has is used, or the one that the environment variable BIMOS_ISA names. `BIMOS_ISA=reference` leaves the ops to plain torch.
+BIMOS_NATIVE names another build of the library (`make sanitize`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from bimos.errors import BimosError
 from bimos.kernels import ops  # noqa: F401 - schemas come first
 
 LEVELS = ("scalar", "avx2", "avx512")
-LIBRARY = Path(__file__).with_name("_native.so")
+LIBRARY = Path(os.environ.get("BIMOS_NATIVE") or Path(__file__).with_name("_native.so"))
 
 
 def _load() -> tuple[str | None, str]:
