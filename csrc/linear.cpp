@@ -16,7 +16,7 @@ constexpr int64_t kManyTokens = 2 * kTokens;
 
 // What one thread needs for `kTokens` tokens; grows, and is kept from call to call.
 struct Scratch {
-  std::vector<float> x, scaled, product, sum, gate, scales;
+  std::vector<float> x, y, scaled, product, gate, scales;
   std::vector<uint8_t> tables;
 };
 
@@ -50,64 +50,17 @@ struct Job {
 
 // Rows of tiles [first, last) of `count` tokens from `token` on.
 void some(const Job& job, int64_t token, int count, int64_t first, int64_t last) {
-  const Level& level = job.level;
-  const Linear& linear = job.linear;
-  Scratch& mine = scratch();
-  const int64_t in = linear.in, padded = ceil_div(in, 32) * 32, tile_rows = rows_of(level.layout), stride = job.tiles * tile_rows;
-  const int64_t row = first * tile_rows, rows = std::min(linear.out, last * tile_rows) - row;
-  const auto bytes = static_cast<int64_t>(level.table_bytes(in));
-  const int64_t blocks = ceil_div(in, linear.block), experts = linear.experts;
-  float* x = at_least(mine.x, kTokens * padded);
-  float* scaled = at_least(mine.scaled, padded);
-  float* product = at_least(mine.product, kTokens * stride);
-  float* sum = at_least(mine.sum, kTokens * stride);
-  float* gates = at_least(mine.gate, kTokens * experts);
-  float* all_scales = at_least(mine.scales, kTokens * blocks);
-  uint8_t* all_tables = at_least(mine.tables, kTokens * bytes + 64);
-  all_tables += (64 - reinterpret_cast<uintptr_t>(all_tables) % 64) % 64;
-  const uint8_t* tables[kTokens];
-  const float* scales[kTokens];
-  std::fill(scaled + in, scaled + padded, 0.0F);
+  const int64_t in = job.linear.in, out = job.linear.out, padded = padded_inputs(in), size = size_of(job.dtype);
+  const int64_t tile_rows = rows_of(job.level.layout), stride = job.tiles * tile_rows;
+  const int64_t row = first * tile_rows, rows = std::min(out, last * tile_rows) - row;
+  float* x = at_least(scratch().x, kTokens * padded);
+  float* y = at_least(scratch().y, kTokens * stride);
   for (int t = 0; t < count; ++t) {
-    level.load(job.x + (token + t) * in * size_of(job.dtype), job.dtype, in, x + t * padded);
+    job.level.load(job.x + (token + t) * in * size, job.dtype, in, x + t * padded);
     std::fill(x + t * padded + in, x + (t + 1) * padded, 0.0F);
-    float* gate = gates + t * experts;
-    gate[0] = 1;
-    if (linear.router != nullptr) {
-      level.dots(x + t * padded, linear.router, experts, in, gate);
-      softmax(gate, experts);
-    }
-    if (linear.bias == nullptr) {
-      std::fill_n(sum + t * stride + row, rows, 0.0F);
-    } else {
-      level.load(static_cast<const char*>(linear.bias) + row * size_of(linear.bias_dtype), linear.bias_dtype, rows, sum + t * stride + row);
-    }
   }
-  for (int64_t p = 0; p < linear.planes; ++p) {
-    Plane plane{nullptr, in, linear.block, linear.grouped};
-    plane.data = linear.tiles + p * job.tiles * tile_bytes(level.layout, plane);
-    for (int t = 0; t < count; ++t) {
-      const float* input = x + t * padded;
-      if (linear.scale_in != nullptr) {
-        level.mix(input, gates + t * experts, linear.scale_in + p * experts * in, experts, in, in, scaled);
-        input = scaled;
-      }
-      level.build(input, plane, all_tables + t * bytes, all_scales + t * blocks);
-      tables[t] = all_tables + t * bytes;
-      scales[t] = all_scales + t * blocks;
-    }
-    level.product(plane, first, last, tables, scales, count, product, stride);
-    for (int t = 0; t < count; ++t) {
-      float* part = product + t * stride + row;
-      if (linear.scale_out != nullptr) {
-        level.mix(part, gates + t * experts, linear.scale_out + p * experts * linear.out + row, experts, linear.out, rows, part);
-      }
-      for (int64_t r = 0; r < rows; ++r) sum[t * stride + row + r] += part[r];
-    }
-  }
-  for (int t = 0; t < count; ++t) {
-    level.store(sum + t * stride + row, job.dtype, rows, job.y + ((token + t) * linear.out + row) * size_of(job.dtype));
-  }
+  rows_of_linear(job.level, job.linear, x, padded, count, first, last, y, stride);
+  for (int t = 0; t < count; ++t) job.level.store(y + t * stride + row, job.dtype, rows, job.y + ((token + t) * out + row) * size);
 }
 
 void part(int64_t index, void* context) {
@@ -154,6 +107,59 @@ void int8_part(int64_t index, void* context) {
 }
 
 }  // namespace
+
+void rows_of_linear(const Level& level, const Linear& linear, const float* x, int64_t x_stride, int count, int64_t first, int64_t last,
+                    float* y, int64_t y_stride) {
+  Scratch& mine = scratch();
+  const int64_t in = linear.in, padded = padded_inputs(in), experts = linear.experts, blocks = ceil_div(in, linear.block);
+  const int64_t tile_rows = rows_of(level.layout), tiles = tile_count(level.layout, linear.out), stride = tiles * tile_rows;
+  const int64_t row = first * tile_rows, rows = std::min(linear.out, last * tile_rows) - row;
+  const auto bytes = static_cast<int64_t>(level.table_bytes(in));
+  float* scaled = at_least(mine.scaled, padded);
+  float* product = at_least(mine.product, kTokens * stride);
+  float* gates = at_least(mine.gate, kTokens * experts);
+  float* all_scales = at_least(mine.scales, kTokens * blocks);
+  uint8_t* all_tables = at_least(mine.tables, kTokens * bytes + 64);
+  all_tables += (64 - reinterpret_cast<uintptr_t>(all_tables) % 64) % 64;
+  const uint8_t* tables[kTokens];
+  const float* scales[kTokens];
+  std::fill(scaled + in, scaled + padded, 0.0F);
+  for (int t = 0; t < count; ++t) {
+    float* gate = gates + t * experts;
+    gate[0] = 1;
+    if (linear.router != nullptr) {
+      level.dots(x + t * x_stride, linear.router, experts, in, gate);
+      softmax(gate, experts);
+    }
+    if (linear.bias == nullptr) {
+      std::fill_n(y + t * y_stride + row, rows, 0.0F);
+    } else {
+      level.load(static_cast<const char*>(linear.bias) + row * size_of(linear.bias_dtype), linear.bias_dtype, rows, y + t * y_stride + row);
+    }
+  }
+  for (int64_t p = 0; p < linear.planes; ++p) {
+    Plane plane{nullptr, in, linear.block, linear.grouped};
+    plane.data = linear.tiles + p * tiles * tile_bytes(level.layout, plane);
+    for (int t = 0; t < count; ++t) {
+      const float* input = x + t * x_stride;
+      if (linear.scale_in != nullptr) {
+        level.mix(input, gates + t * experts, linear.scale_in + p * experts * in, experts, in, in, scaled);
+        input = scaled;
+      }
+      level.build(input, plane, all_tables + t * bytes, all_scales + t * blocks);
+      tables[t] = all_tables + t * bytes;
+      scales[t] = all_scales + t * blocks;
+    }
+    level.product(plane, first, last, tables, scales, count, product, stride);
+    for (int t = 0; t < count; ++t) {
+      float* part = product + t * stride + row;
+      if (linear.scale_out != nullptr) {
+        level.mix(part, gates + t * experts, linear.scale_out + p * experts * linear.out + row, experts, linear.out, rows, part);
+      }
+      for (int64_t r = 0; r < rows; ++r) y[t * y_stride + row + r] += part[r];
+    }
+  }
+}
 
 void apply(const Level& level, const Linear& linear, const void* x, Dtype dtype, int64_t tokens, void* y, const Pool& pool) {
   const int64_t tiles = tile_count(level.layout, linear.out);

@@ -23,6 +23,14 @@ struct Linear {
   Dtype bias_dtype;
 };
 
+// Inputs up to which a row of float32 must hold zeros.
+inline int64_t padded_inputs(int64_t in) { return (in + 31) / 32 * 32; }
+
+// Rows of tiles [first, last) of y, for count <= kTokens tokens; float32, `x_stride` and `y_stride` values from token to token.
+// x holds zeros up to padded_inputs(in). Runs in the caller's thread.
+void rows_of_linear(const Level& level, const Linear& linear, const float* x, int64_t x_stride, int count, int64_t first, int64_t last,
+                    float* y, int64_t y_stride);
+
 // y [tokens, out] of x [tokens, in], both contiguous and of `dtype`. The tiles are in the layout of `level`.
 void apply(const Level& level, const Linear& linear, const void* x, Dtype dtype, int64_t tokens, void* y, const Pool& pool);
 

@@ -10,17 +10,10 @@
 #include <string>
 #include <vector>
 
-#include "linear.h"
+#include "tensors.h"
 #include "tiles.h"
 
 namespace bimos {
-namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-
-constexpr int64_t kFewTokens = 16;
 
 std::optional<Dtype> dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -29,23 +22,6 @@ std::optional<Dtype> dtype_of(const Tensor& tensor) {
     case ScalarType::Half: return Dtype::float16;
     default: return std::nullopt;
   }
-}
-
-const Pool& pool() {
-  static thread_local Pool mine{1, [](int64_t tasks, void (*task)(int64_t, void*), void* context) {
-                                  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-                                    for (int64_t index = begin; index < end; ++index) task(index, context);
-                                  });
-                                }};
-  mine.size = torch::stable::get_num_threads();
-  return mine;
-}
-
-std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
-  std::vector<int64_t> sizes(static_cast<size_t>(x.dim()));
-  for (int64_t d = 0; d < x.dim(); ++d) sizes[static_cast<size_t>(d)] = x.size(d);
-  sizes.back() = last;
-  return sizes;
 }
 
 // Inputs of a block: those of a group where there are groups.
@@ -80,6 +56,27 @@ Tensor tile(const Tensor& weight, const Optional& scale_group) {
                static_cast<uint8_t*>(result.mutable_data_ptr()) + p * tiles * bytes);
   }
   return result;
+}
+
+namespace {
+
+constexpr int64_t kFewTokens = 16;
+
+const Pool& pool() {
+  static thread_local Pool mine{1, [](int64_t tasks, void (*task)(int64_t, void*), void* context) {
+                                  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+                                    for (int64_t index = begin; index < end; ++index) task(index, context);
+                                  });
+                                }};
+  mine.size = torch::stable::get_num_threads();
+  return mine;
+}
+
+std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
+  std::vector<int64_t> sizes(static_cast<size_t>(x.dim()));
+  for (int64_t d = 0; d < x.dim(); ++d) sizes[static_cast<size_t>(d)] = x.size(d);
+  sizes.back() = last;
+  return sizes;
 }
 
 Tensor reference(const Tensor& x, const Tensor& weight, const Optional& scale_in, const Optional& scale_out, const Optional& router,

@@ -17,6 +17,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+pytest_plugins = ["tiny_models"]
+
 SENTENCES = [
     "The river is wide and slow, and in spring it covers the meadows.",
     "Nobody in the village remembers when the bridge was built.",
