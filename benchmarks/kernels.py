@@ -96,7 +96,10 @@ def main() -> None:
         result["hot"][name] = {}
         for tokens in TOKENS:
             row = result["hot"][name][tokens] = hot(n_in, n_out, tokens)
-            print(f"{name:>11} {tokens:>4} tokens: {row['packed_us']:9.1f} us, bfloat16 {row['bfloat16_us']:9.1f}: {row['speedup']:.1f}x", flush=True)
+            print(
+                f"{name:>11} {tokens:>4} tokens: {row['packed_us']:9.1f} us, bfloat16 {row['bfloat16_us']:9.1f}: {row['speedup']:.1f}x",
+                flush=True,
+            )
     for n_in, n_out in SHAPES[-2:]:
         row = result["cold"][f"{n_in}x{n_out}"] = cold(n_in, n_out)
         print(

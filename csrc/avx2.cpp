@@ -174,7 +174,9 @@ void product(const Plane& plane, int64_t first, int64_t last, const uint8_t* con
     for (int t = 0; t < tokens; ++t) row_tile(plane, plane.data + tile * bytes, tables[t], scales[t], y + t * stride + tile * 32);
 }
 
-TARGET void int8_rows(const int8_t* weight, int64_t rows, int64_t n, const float* const* x, int tokens, float* const* y) {
+TARGET void int8_rows(const int8_t* weight, int64_t rows, int64_t n, const uint8_t* const* prepared, int tokens, float* const* y) {
+  const float* x[kTokens];
+  for (int t = 0; t < tokens; ++t) x[t] = reinterpret_cast<const float*>(prepared[t]);
   for (int64_t r = 0; r < rows; ++r) {
     __m256 sums[kTokens];
     for (auto& sum : sums) sum = _mm256_setzero_ps();
@@ -195,7 +197,8 @@ TARGET void int8_rows(const int8_t* weight, int64_t rows, int64_t n, const float
 }  // namespace
 
 const Level& avx2_level() {
-  static const Level level{"avx2", Layout::rows32, load, store, dots, mix, table_bytes, build, product, int8_rows};
+  static const Level level{"avx2", Layout::rows32, load, store, dots, mix, table_bytes, build, product,
+                           scalar_level().int8_bytes, scalar_level().int8_prepare, int8_rows};
   return level;
 }
 

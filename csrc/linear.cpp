@@ -76,7 +76,9 @@ void part(int64_t index, void* context) {
 struct Int8Job {
   const Level& level;
   const int8_t* weight;
-  const float *scale, *bias, *x;
+  const float *scale, *bias;
+  const uint8_t* prepared;  // `bytes` a token
+  int64_t bytes;
   char* y;
   Dtype dtype;
   int64_t in, out, tokens, parts;
@@ -91,10 +93,10 @@ void int8_part(int64_t index, void* context) {
     const int64_t rows = std::min(kRows, end - row);
     for (int64_t token = 0; token < job.tokens; token += kTokens) {
       const int count = static_cast<int>(std::min<int64_t>(kTokens, job.tokens - token));
-      const float* x[kTokens];
+      const uint8_t* x[kTokens];
       float* y[kTokens];
       for (int t = 0; t < count; ++t) {
-        x[t] = job.x + (token + t) * job.in;
+        x[t] = job.prepared + (token + t) * job.bytes;
         y[t] = sums[t];
       }
       job.level.int8_rows(job.weight + row * job.in, rows, job.in, x, count, y);
@@ -173,14 +175,16 @@ void apply(const Level& level, const Linear& linear, const void* x, Dtype dtype,
 
 void apply_int8(const Level& level, const int8_t* weight, const float* scale, const float* bias, int64_t in, int64_t out, const void* x,
                 Dtype dtype, int64_t tokens, void* y, const Pool& pool) {
-  const float* values = static_cast<const float*>(x);
-  if (dtype != Dtype::float32) {
-    float* copy = at_least(scratch().x, tokens * in);
-    level.load(x, dtype, tokens * in, copy);
-    values = copy;
+  const auto bytes = static_cast<int64_t>(level.int8_bytes(in));
+  float* values = at_least(scratch().x, in);
+  uint8_t* prepared = at_least(scratch().tables, tokens * bytes + 64);
+  prepared += (64 - reinterpret_cast<uintptr_t>(prepared) % 64) % 64;
+  for (int64_t t = 0; t < tokens; ++t) {
+    level.load(static_cast<const char*>(x) + t * in * size_of(dtype), dtype, in, values);
+    level.int8_prepare(values, in, prepared + t * bytes);
   }
   const int64_t parts = std::clamp<int64_t>(in * out * tokens / kWorthAThread, 1, std::min(pool.size, out));
-  Int8Job job{level, weight, scale, bias, values, static_cast<char*>(y), dtype, in, out, tokens, parts};
+  Int8Job job{level, weight, scale, bias, prepared, bytes, static_cast<char*>(y), dtype, in, out, tokens, parts};
   if (parts == 1) return int8_part(0, &job);
   pool.run(parts, int8_part, &job);
 }

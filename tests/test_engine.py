@@ -104,7 +104,7 @@ def test_what_is_shared_is_not_read_again(packed: Packed, monkeypatch: pytest.Mo
     original = torch.ops.bimos.engine_read
     monkeypatch.setattr(torch.ops.bimos, "engine_read", lambda e, ids, *rest: (read.append(len(ids)), original(e, ids, *rest))[1])
     list(engine.tokens([text(40)], GREEDY, stop=False))
-    list(engine.tokens([text(40)[:35] + [7, 8]], GREEDY, stop=False))
+    list(engine.tokens([[*text(40)[:35], 7, 8]], GREEDY, stop=False))
     assert read == [39, 1]
 
 

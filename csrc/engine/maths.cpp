@@ -17,7 +17,8 @@ namespace {
   TARGET void round_(const float* x, int64_t n, uint16_t* y) { round_to_bfloat16(x, n, y); }                                               \
   TARGET void add_(const float* x, int64_t n, float* y) { add(x, n, y); }                                                                  \
   TARGET float dot_(const float* a, const float* b, int64_t n) { return dot(a, b, n); }                                                    \
-  constexpr Maths functions{norm_, rotate_, swiglu_, attend_, round_, add_, dot_};                                                        \
+  TARGET void multiply_(const float* x, int64_t n, float* y) { multiply(x, n, y); }                                                        \
+  constexpr Maths functions{norm_, rotate_, swiglu_, attend_, round_, add_, dot_, multiply_};                                             \
   }
 
 BIMOS_MATHS(scalar, )

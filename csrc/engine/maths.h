@@ -100,6 +100,12 @@ BIMOS_INLINE float dot(const float* a, const float* b, int64_t n) {
   return sum;
 }
 
+// y *= scale
+BIMOS_INLINE void multiply(const float* scale, int64_t n, float* y) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) y[j] *= scale[j];
+}
+
 // sum += part
 BIMOS_INLINE void add(const float* part, int64_t n, float* sum) {
 #pragma omp simd
@@ -114,6 +120,7 @@ struct Maths {
   void (*round_to_bfloat16)(const float*, int64_t, uint16_t*);
   void (*add)(const float*, int64_t, float*);
   float (*dot)(const float*, const float*, int64_t);
+  void (*multiply)(const float*, int64_t, float*);
 };
 
 // Those for a level of level.h, by its name.

@@ -24,10 +24,10 @@ struct Block {
   int64_t window;                      // positions that are seen, the token's own included; 0: all
 };
 
-// Rows of the embedding and of the head: int8 with a float16 scale each, or any dtype without.
+// Rows of the embedding and of the head: int8 with a scale each, or any dtype without.
 struct Table {
   const void* rows;
-  const uint16_t* scale;  // null unless the rows are int8
+  const float* scale;  // null unless the rows are int8
   Dtype dtype;
 };
 

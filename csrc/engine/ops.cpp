@@ -1,4 +1,12 @@
 // The engine as ops: `bimos/engine.py` is their only caller.
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -19,8 +27,23 @@ struct Told {
   std::vector<int64_t> ids;
 };
 
+// Memory in large pages where the system has them: a head is read whole for every token, and small pages would be looked up each time.
+using Memory = std::unique_ptr<void, decltype(&std::free)>;
+
+Memory large_pages(size_t bytes) {
+  constexpr size_t kPage = size_t{1} << 21;
+  const size_t size = (bytes + kPage - 1) / kPage * kPage;
+  Memory memory(std::aligned_alloc(kPage, size), &std::free);
+  STD_TORCH_CHECK(memory != nullptr, "engine: no memory for ", size, " bytes");
+#ifdef __linux__
+  madvise(memory.get(), size, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
+
 struct Engine {
   std::vector<Tensor> held;
+  std::vector<Memory> memory;
   std::unique_ptr<Reader> reader;
   std::map<int64_t, Told> sequences;
   int64_t next = 0;
@@ -48,8 +71,8 @@ Told& sequence_of(Engine& engine, int64_t id) {
 // Takes tensors and numbers off lists in the order in which bimos/engine.py puts them on.
 class Reading {
  public:
-  Reading(std::vector<Tensor> tensors, std::vector<int64_t> numbers, std::vector<Tensor>& held)
-      : tensors_(std::move(tensors)), numbers_(std::move(numbers)), held_(held) {}
+  Reading(std::vector<Tensor> tensors, std::vector<int64_t> numbers, Engine& engine)
+      : tensors_(std::move(tensors)), numbers_(std::move(numbers)), held_(engine.held), memory_(engine.memory) {}
 
   int64_t number() {
     STD_TORCH_CHECK(number_ < numbers_.size(), "engine: too few numbers");
@@ -73,13 +96,19 @@ class Reading {
   const float* floats(int64_t size, const char* what) { return static_cast<const float*>(values(ScalarType::Float, size, what)); }
   const uint16_t* halves(int64_t size, const char* what) { return static_cast<const uint16_t*>(values(ScalarType::Half, size, what)); }
 
-  Table table(int64_t rows, int64_t n, const char* what) {
+  Table table(int64_t rows, int64_t n, const char* what, bool copy) {
     const Tensor weight = tensor();
     STD_TORCH_CHECK(weight.numel() == rows * n, "engine: ", what, " has another shape than it should");
     held_.push_back(torch::stable::contiguous(weight));
     Table table{held_.back().const_data_ptr(), nullptr, Dtype::float32};
     if (weight.scalar_type() == ScalarType::Char) {
-      table.scale = halves(rows, what);
+      if (copy) {
+        memory_.push_back(large_pages(static_cast<size_t>(rows * n)));
+        std::memcpy(memory_.back().get(), table.rows, static_cast<size_t>(rows * n));
+        table.rows = memory_.back().get();
+        held_.pop_back();
+      }
+      table.scale = floats(rows, what);
       STD_TORCH_CHECK(table.scale != nullptr, "engine: ", what, " has no scale");
       return table;
     }
@@ -126,13 +155,14 @@ class Reading {
   std::vector<Tensor> tensors_;
   std::vector<int64_t> numbers_;
   std::vector<Tensor>& held_;
+  std::vector<Memory>& memory_;
   size_t tensor_ = 0, number_ = 0;
 };
 
 int64_t engine_new(std::vector<Tensor> tensors, std::vector<int64_t> numbers, double epsilon, double rope_scale, int64_t threads) {
   STD_TORCH_CHECK(threads >= 1 && threads <= 1024, "engine: ", threads, " threads");
   auto engine = std::make_shared<Engine>();
-  Reading reading(std::move(tensors), std::move(numbers), engine->held);
+  Reading reading(std::move(tensors), std::move(numbers), *engine);
   Model model{};
   Shape& shape = model.shape;
   for (int64_t* field : {&shape.vocabulary, &shape.hidden, &shape.heads, &shape.key_heads, &shape.head, &shape.inner, &shape.positions}) {
@@ -143,8 +173,8 @@ int64_t engine_new(std::vector<Tensor> tensors, std::vector<int64_t> numbers, do
   shape.epsilon = static_cast<float>(epsilon);
   shape.rope_scale = static_cast<float>(rope_scale);
   const int64_t blocks = reading.number(), queries = shape.heads * shape.head, keys = shape.key_heads * shape.head;
-  model.embedding = reading.table(shape.vocabulary, shape.hidden, "the embedding");
-  model.head = reading.table(shape.vocabulary, shape.hidden, "the head");
+  model.embedding = reading.table(shape.vocabulary, shape.hidden, "the embedding", false);
+  model.head = reading.table(shape.vocabulary, shape.hidden, "the head", true);
   model.norm = reading.floats(shape.hidden, "the last norm");
   model.frequency = reading.floats(shape.head / 2, "the rotary embedding");
   STD_TORCH_CHECK(model.norm != nullptr && model.frequency != nullptr, "engine: a norm or the rotary embedding is missing");

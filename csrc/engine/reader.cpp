@@ -109,8 +109,7 @@ void Reader::read(const std::vector<Token>& tokens) {
     float* x = x_.data() + t * hidden;
     if (model_.embedding.scale != nullptr) {
       const auto* row = static_cast<const int8_t*>(model_.embedding.rows) + token.id * shape.hidden;
-      float scale = 0;
-      used.load(model_.embedding.scale + token.id, Dtype::float16, 1, &scale);
+      const float scale = model_.embedding.scale[token.id];
       for (int64_t j = 0; j < shape.hidden; ++j) x[j] = scale * static_cast<float>(row[j]);
     } else {
       const auto* rows = static_cast<const char*>(model_.embedding.rows);
@@ -204,8 +203,12 @@ void Reader::block(Work& work, const Block& block, int64_t index, int rank) {
 
 void Reader::logits(Work& work, int rank) {
   thread_local std::vector<float> normed_buffer, row_buffer;
+  thread_local std::vector<uint8_t> prepared_buffer;
   const Shape& shape = model_.shape;
   const int64_t hidden = padded_inputs(shape.hidden);
+  const auto bytes = static_cast<int64_t>(work.level.int8_bytes(shape.hidden));
+  uint8_t* prepared = at_least(prepared_buffer, kTokens * bytes + 64);
+  prepared += (64 - reinterpret_cast<uintptr_t>(prepared) % 64) % 64;
   const Range rows = share(shape.vocabulary, rank, work.size());
   float* normed = at_least(normed_buffer, kTokens * hidden);
   float* row = at_least(row_buffer, shape.hidden);
@@ -224,12 +227,13 @@ void Reader::logits(Work& work, int rank) {
     }
     if (model_.head.scale != nullptr) {
       const auto* weight = static_cast<const int8_t*>(model_.head.rows) + rows.begin * shape.hidden;
-      work.level.int8_rows(weight, rows.end - rows.begin, shape.hidden, x, few, y);
-      for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
-        float scale = 0;
-        work.level.load(model_.head.scale + rows.begin + r, Dtype::float16, 1, &scale);
-        for (int i = 0; i < few; ++i) y[i][r] *= scale;
+      const uint8_t* values[kTokens];
+      for (int i = 0; i < few; ++i) {
+        work.level.int8_prepare(x[i], shape.hidden, prepared + i * bytes);
+        values[i] = prepared + i * bytes;
       }
+      work.level.int8_rows(weight, rows.end - rows.begin, shape.hidden, values, few, y);
+      for (int i = 0; i < few; ++i) work.maths.multiply(model_.head.scale + rows.begin, rows.end - rows.begin, y[i]);
       continue;
     }
     for (int64_t r = 0; r < rows.end - rows.begin; ++r) {

@@ -230,7 +230,7 @@ def _weights(model: Any) -> tuple[list[Tensor], list[int]]:
     tensors: list[Tensor] = []
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
         tensors.append(table.weight.detach())
-        tensors.append(table.scale.flatten() if isinstance(table, Int8Embedding | Int8Head | TiedInt8Head) else none)
+        tensors.append(table.scale.flatten().float() if isinstance(table, Int8Embedding | Int8Head | TiedInt8Head) else none)
     tensors += [inner.norm.weight.detach().float(), inner.rotary_emb.inv_freq.float()]
     kinds = getattr(config, "layer_types", None) or []
     window = getattr(config, "sliding_window", None) or 0

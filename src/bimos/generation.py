@@ -159,7 +159,7 @@ def _room(model: Any, sampling: Sampling) -> int | None:
 
 @torch.inference_mode()
 def _generate(model: Any, tokenizer: Any, tokens: Tensor, sampling: Sampling, on_text: OnText) -> str:
-    if not isinstance(model, torch.nn.Module):  # an engine
+    if hasattr(model, "stream"):  # an engine
         said: list[str] = []
         for piece in model.stream(tokens[0].tolist(), sampling):
             said.append(piece)
