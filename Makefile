@@ -3,6 +3,8 @@
 #   make demo        binarize SmolLM2-135M-Instruct, evaluate it, write build/demo/
 #   make test        lint, type check and tests
 #   make test-slow   the tests that need a real model or minutes of work
+#   make sanitize    the kernels' tests under AddressSanitizer and UBSan
+#   make emulate     the kernels on emulated older processors
 #
 # On Linux, torch from PyPI is the CUDA build (it runs on a CPU too, but is large). Where pip knows an index or a folder with
 # CPU wheels, it takes those.
@@ -16,9 +18,14 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
-REQUIREMENTS := pyproject.toml constraints.txt
+REQUIREMENTS := pyproject.toml constraints.txt $(wildcard csrc/*.*)
+# Kernels are compiled against the torch that is installed, not against one of the build's own.
+BUILD_NEEDS := $(PIP_INSTALL) --quiet torch scikit-build-core cmake ninja
 
-.PHONY: help install dev demo test lint typecheck format test-slow clean
+CMAKE := $(BIN)/cmake -S csrc -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+CMAKE_BUILD := $(BIN)/cmake --build
+
+.PHONY: help install dev demo test lint typecheck format test-slow sanitize emulate clean
 
 help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,11 +36,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(VENV) install pip; }
 
 $(VENV)/.installed: $(BIN)/python $(REQUIREMENTS)
-	$(PIP_INSTALL) --quiet -e .
+	$(BUILD_NEEDS)
+	$(PIP_INSTALL) --quiet --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(BIN)/python $(REQUIREMENTS)
-	$(PIP_INSTALL) --quiet -e '.[dev,eval,logging]'
+	$(BUILD_NEEDS)
+	$(PIP_INSTALL) --quiet --no-build-isolation -e '.[dev,eval,logging]'
 	@touch $@ $(VENV)/.installed
 
 install: $(VENV)/.installed  ## bimos and what it needs, in .venv
@@ -58,6 +67,16 @@ format: $(VENV)/.installed-dev  ## ruff's formatter and its safe fixes
 
 test-slow: $(VENV)/.installed-dev  ## the tests that need a real model or minutes of work
 	$(BIN)/pytest -m slow --timeout 3600
+
+sanitize: $(VENV)/.installed-dev  ## the kernels' tests with AddressSanitizer and UBSan
+	$(CMAKE) -B build/sanitize -DBIMOS_SANITIZE=ON && $(CMAKE_BUILD) build/sanitize --target native
+	BIMOS_NATIVE=$(CURDIR)/build/sanitize/_native.so ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" $(BIN)/pytest tests/kernels -k "not compile"
+
+emulate: $(VENV)/.installed  ## every level of the kernels on emulated older processors (needs qemu-user)
+	$(CMAKE) -B build/emulate && $(CMAKE_BUILD) build/emulate --target levels
+	qemu-x86_64 -cpu Nehalem build/emulate/levels scalar
+	qemu-x86_64 -cpu Haswell build/emulate/levels avx2
 
 clean:  ## forget .venv and everything built
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -17,6 +17,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+pytest_plugins = ["tiny_models"]
+
 SENTENCES = [
     "The river is wide and slow, and in spring it covers the meadows.",
     "Nobody in the village remembers when the bridge was built.",
@@ -42,6 +44,19 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def exact_kernels() -> Iterator[None]:
+    """Kernels that are exact to float32 rounding, for what is compared that closely."""
+    from bimos.kernels import native
+
+    level = native.isa()
+    if level:
+        native.use_isa("scalar")
+    yield
+    if level:
+        native.use_isa(level)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from bimos import __version__
 from bimos.evaluation.versions import available_cores, cpu_model
-from bimos.kernels import packed_linear, reference
+from bimos.kernels import native, packed_linear, reference
 from bimos.models import data_root
 from bimos.packing.format import pack_signs
 
@@ -102,11 +102,13 @@ def _kernels() -> tuple[dict[str, str], list[str]]:
     for op in ("packed_linear", "int8_linear"):
         for device in devices:
             own = torch._C._dispatch_has_kernel_for_dispatch_key(f"bimos::{op}", device)
-            used[f"{op} on {device}"] = f"{device} kernel" if own else "reference in plain torch"
+            kind = f"C++, {native.isa()}" if device == "CPU" else f"{device} kernel"
+            why = f" (C++ kernels: {native.problem})" if device == "CPU" and native.problem else ""
+            used[f"{op} on {device}"] = kind if own else f"reference in plain torch{why}"
     generator = torch.Generator().manual_seed(0)
     x, weight, router = (torch.randn(n, 128, generator=generator) for n in (3, 64, 2))
-    scale_in, scale_out = (torch.rand(1, 2, n, generator=generator) for n in (128, 64))
-    arguments = (x, pack_signs(weight)[None], scale_in, scale_out, router)
+    scale_in, scale_out = (torch.rand(1, 2, n, generator=generator).half() for n in (128, 64))
+    arguments = (x, pack_signs(weight)[None], scale_in, scale_out, router.half())
     expected = reference.packed_linear(*arguments)
     problems = []
     for device in devices:

@@ -1,7 +1,6 @@
 """Text from a model, a piece at a time: continuing a prompt, and conversations through the chat template.
 
-Everything runs through `transformers.generate`, so any causal language model will do: packed, original or from a
-`.gguf` file.
+A model is an `Engine` (`bimos.engine`), or anything that `transformers.generate` takes: packed, original or from a `.gguf` file.
 """
 
 from __future__ import annotations
@@ -32,6 +31,9 @@ class Sampling:
     temperature: float = 0.7  # 0: always the likeliest token
     top_p: float = 0.9  # sampled from the likeliest tokens that together have this probability
     repetition_penalty: float = 1.1  # small models, binary or not, run in circles without
+    top_k: int = 0  # sampled from so many of the likeliest tokens; 0: all
+    seed: int | None = None  # of the engine's choices; transformers takes the process's (`transformers.set_seed`)
+    min_p: float = 0.0  # sampled from tokens with at least this share of the likeliest one's probability
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -40,6 +42,10 @@ class Sampling:
             raise BimosError(f"--temperature {self.temperature}: must be 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise BimosError(f"--top-p {self.top_p}: must be above 0 and at most 1")
+        if self.top_k < 0:
+            raise BimosError(f"--top-k {self.top_k}: must be 0 (all tokens) or more")
+        if not 0 <= self.min_p <= 1:
+            raise BimosError(f"--min-p {self.min_p}: must be from 0 to 1")
         if not self.repetition_penalty > 0:
             raise BimosError(f"--repetition-penalty {self.repetition_penalty}: must be above 0; 1 is none")
 
@@ -48,7 +54,8 @@ class Sampling:
         common = {"max_new_tokens": self.max_new_tokens, "repetition_penalty": self.repetition_penalty}
         if self.temperature == 0:
             return common | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return common | {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        chosen = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p or None}
+        return common | {"do_sample": True} | chosen
 
 
 def continue_text(model: Any, tokenizer: Any, prompt: str, sampling: Sampling, on_text: OnText | None = None) -> str:
@@ -128,7 +135,7 @@ class Conversation:
         return self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
 
 
-class _Streamer(TextStreamer):
+class Streamer(TextStreamer):
     """Hands text on as soon as it forms whole words."""
 
     def __init__(self, tokenizer: Any, on_text: OnText) -> None:
@@ -152,6 +159,12 @@ def _room(model: Any, sampling: Sampling) -> int | None:
 
 @torch.inference_mode()
 def _generate(model: Any, tokenizer: Any, tokens: Tensor, sampling: Sampling, on_text: OnText) -> str:
+    if hasattr(model, "stream"):  # an engine
+        said: list[str] = []
+        for piece in model.stream(tokens[0].tolist(), sampling):
+            said.append(piece)
+            on_text(piece)
+        return "".join(said)
     tokens = tokens.to(model.get_input_embeddings().weight.device)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     pieces: list[str] = []
@@ -161,5 +174,5 @@ def _generate(model: Any, tokenizer: Any, tokens: Tensor, sampling: Sampling, on
         on_text(text)
 
     arguments = sampling.arguments() | {"pad_token_id": padding, "attention_mask": torch.ones_like(tokens)}
-    model.generate(tokens, streamer=_Streamer(tokenizer, collect), **arguments)
+    model.generate(tokens, streamer=Streamer(tokenizer, collect), **arguments)
     return "".join(pieces)

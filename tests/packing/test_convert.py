@@ -141,6 +141,7 @@ def test_unreadable_sources(tmp_path: Path, release: Any) -> None:
         convert(tmp_path / "nowhere", tmp_path / "out")
 
 
+@pytest.mark.usefixtures("exact_kernels")
 @pytest.mark.parametrize("kind", ["llama", "gemma", "opt", "gpt_neox", "phi"])
 @pytest.mark.parametrize(("planes", "group", "bits"), [(1, None, 16), (2, None, 8), (2, 8, 8)])
 def test_static_scales_unpack_exactly(

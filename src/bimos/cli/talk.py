@@ -16,6 +16,8 @@ Model = Annotated[
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Stop after so many tokens.")]
 Temperature = Annotated[float, typer.Option(metavar="T", help="0 takes the likeliest token; higher is freer.")]
 TopP = Annotated[float, typer.Option(metavar="P", help="Sample from the likeliest tokens with this total probability.")]
+TopK = Annotated[int, typer.Option(metavar="K", min=0, help="Sample from so many of the likeliest tokens; 0: all.")]
+MinP = Annotated[float, typer.Option(metavar="P", help="Sample from tokens at least this probable, times the likeliest one.")]
 Penalty = Annotated[float, typer.Option("--repetition-penalty", metavar="R", help="Above 1, tokens that were there become less likely.")]
 Seed = Annotated[int | None, typer.Option(metavar="N", min=0, max=2**32 - 1, help="The same seed gives the same text.", show_default=False)]
 
@@ -26,6 +28,8 @@ def generate(
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
     repetition_penalty: Penalty = 1.1,
     seed: Seed = None,
     json: Json = None,
@@ -36,7 +40,7 @@ def generate(
     """
     from bimos.generation import Sampling, continue_text
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty)
+    sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, top_k, seed, min_p)
     if prompt == "-":
         prompt = sys.stdin.read().rstrip("\n")
     loaded, tokenizer = _load(model, seed)
@@ -52,6 +56,8 @@ def chat(
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
     repetition_penalty: Penalty = 1.1,
     seed: Seed = None,
 ) -> None:
@@ -63,7 +69,7 @@ def chat(
     """
     from bimos.generation import Conversation, Sampling
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty)
+    sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, top_k, seed, min_p)
     conversation = Conversation(*_load(model, seed), sampling)
     typed = sys.stdin.isatty()
     if typed:
@@ -112,12 +118,15 @@ def _load(model: str, seed: int | None) -> tuple[Any, Any]:
     import torch
     import transformers
 
+    from bimos.engine import Engine, is_engine_model
     from bimos.models import load_model, load_tokenizer
 
     loaded: Any = load_model(model)
     tokenizer = load_tokenizer(model)
-    if torch.cuda.is_available():
-        loaded = loaded.cuda()
     if seed is not None:
         transformers.set_seed(seed)
+    if torch.cuda.is_available():
+        loaded = loaded.cuda()
+    if is_engine_model(loaded):
+        loaded = Engine(loaded, tokenizer)
     return loaded, tokenizer

@@ -16,6 +16,13 @@ from bimos.kernels import reference
 
 torch.library.define(
     "bimos::packed_linear",
+    "(Tensor x, Tensor weight, Tensor? scale_in, Tensor? scale_out, Tensor? router, Tensor? scale_group, Tensor? bias, "
+    "Tensor? tiles=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# What a faster kernel calls for what it does not cover itself.
+torch.library.define(
+    "bimos::packed_linear_reference",
     "(Tensor x, Tensor weight, Tensor? scale_in, Tensor? scale_out, Tensor? router, Tensor? scale_group, Tensor? bias) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -30,6 +37,7 @@ def _(
     router: Tensor | None,
     scale_group: Tensor | None,
     bias: Tensor | None,
+    tiles: Tensor | None = None,
 ) -> Tensor:
     planes, out_features, in_bytes = weight.shape
     torch._check(weight.dtype == torch.uint8, lambda: f"weight must be uint8, got {weight.dtype}")
@@ -46,6 +54,11 @@ torch.library.define(
     "(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+torch.library.define(
+    "bimos::int8_linear_reference",
+    "(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 @torch.library.register_fake("bimos::int8_linear")
@@ -55,8 +68,14 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-torch.library.impl("bimos::packed_linear", "CompositeExplicitAutograd")(reference.packed_linear)
+torch.library.impl("bimos::packed_linear", "CompositeExplicitAutograd")(
+    lambda x, weight, scale_in, scale_out, router, scale_group, bias, tiles=None: reference.packed_linear(
+        x, weight, scale_in, scale_out, router, scale_group, bias
+    )
+)
+torch.library.impl("bimos::packed_linear_reference", "CompositeExplicitAutograd")(reference.packed_linear)
 torch.library.impl("bimos::int8_linear", "CompositeExplicitAutograd")(reference.int8_linear)
+torch.library.impl("bimos::int8_linear_reference", "CompositeExplicitAutograd")(reference.int8_linear)
 
 
 def packed_linear(
@@ -67,11 +86,15 @@ def packed_linear(
     router: Tensor | None = None,
     scale_group: Tensor | None = None,
     bias: Tensor | None = None,
+    tiles: Tensor | None = None,
 ) -> Tensor:
-    """The product of `x [..., in]` with packed planes; see `bimos.kernels.reference.packed_linear`."""
-    differentiable = torch.is_grad_enabled() and x.requires_grad
-    op = reference.packed_linear if differentiable else torch.ops.bimos.packed_linear
-    return op(x, weight, scale_in, scale_out, router, scale_group, bias)
+    """The product of `x [..., in]` with packed planes; see `bimos.kernels.reference.packed_linear`.
+
+    `tiles` is what `bimos.kernels.native.tile` made of the same planes; without it a kernel that wants them makes them every time.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return reference.packed_linear(x, weight, scale_in, scale_out, router, scale_group, bias)
+    return torch.ops.bimos.packed_linear(x, weight, scale_in, scale_out, router, scale_group, bias, tiles)
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bimos.errors import BimosError
-from bimos.kernels import packed_linear
+from bimos.kernels import native, packed_linear
 
 
 class PackedLinear(nn.Module):
@@ -50,6 +50,7 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, None if tensor is None else tensor.detach().contiguous())
         self.out_features = self.weight.shape[1]
         self.in_features = 8 * self.weight.shape[2]
+        self._tiles: tuple[Any, Tensor | None] = (None, None)  # what they were made of, and the tiles
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
@@ -62,7 +63,18 @@ class PackedLinear(nn.Module):
         return cls({name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in layout.items()})
 
     def forward(self, x: Tensor) -> Tensor:
-        return packed_linear(x, self.weight, self.scale_in, self.scale_out, self.router, self.scale_group, self.bias)
+        tiles = None if torch.compiler.is_compiling() else self.tiles()
+        return packed_linear(x, self.weight, self.scale_in, self.scale_out, self.router, self.scale_group, self.bias, tiles)
+
+    def tiles(self) -> Tensor | None:
+        """The planes in the order in which this CPU's kernels read them, made at the first call; None where nothing reads them so."""
+        if native.isa() is None or self.weight.device.type != "cpu":
+            return None
+        planes = [tensor for tensor in (self.weight, self.scale_group) if tensor is not None]
+        source = (native.isa(), *((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in planes))
+        if self._tiles[0] != source:
+            self._tiles = (source, native.tile(self.weight, self.scale_group))
+        return self._tiles[1]
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by name."""

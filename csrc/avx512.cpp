@@ -1,0 +1,317 @@
+// AVX-512 with VBMI and VNNI: tables of 16-bit sums, looked up by vpermb and added up by vpdpbusd.
+//
+// Sixteen signed sums of four inputs make a table; four tables (16 inputs) lie side by side in a register, their high bytes in one
+// and their low bytes in another. One index register (a nibble in every byte, plus the number of its table) then looks up 16 rows x 16
+// inputs in either, and a dot product with ones adds four bytes to a row's 32-bit sum. Exact but for the rounding of table entries to
+// 1/32512 of the largest in their block.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "tiles.h"
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx2,fma,f16c")))
+
+namespace bimos {
+namespace {
+
+constexpr float kLargest = 32512;  // 127 * 256: the high byte stays signed
+constexpr int64_t kStepTables = 256;  // bytes of the tables of 32 inputs
+
+TARGET inline __mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xffff : static_cast<__mmask16>((1U << n) - 1); }
+
+TARGET inline __m512 load_half(const uint16_t* from, __mmask16 mask) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from));
+}
+
+TARGET inline __m512 load_any(const void* from, Dtype dtype, int64_t at, __mmask16 mask) {
+  switch (dtype) {
+    case Dtype::float32: return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(from) + at);
+    case Dtype::float16: return load_half(static_cast<const uint16_t*>(from) + at, mask);
+    case Dtype::bfloat16: break;
+  }
+  const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(from) + at);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+TARGET void load(const void* from, Dtype dtype, int64_t n, float* to) {
+  for (int64_t j = 0; j < n; j += 16) {
+    const __mmask16 mask = first_lanes(n - j);
+    _mm512_mask_storeu_ps(to + j, mask, load_any(from, dtype, j, mask));
+  }
+}
+
+// To bfloat16, to nearest even; NaN stays NaN.
+TARGET inline __m256i round_bfloat16(__m512 value) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+
+TARGET void store(const float* from, Dtype dtype, int64_t n, void* to) {
+  for (int64_t j = 0; j < n; j += 16) {
+    const __mmask16 mask = first_lanes(n - j);
+    const __m512 value = _mm512_maskz_loadu_ps(mask, from + j);
+    if (dtype == Dtype::float32) {
+      _mm512_mask_storeu_ps(static_cast<float*>(to) + j, mask, value);
+    } else {
+      const __m256i half = dtype == Dtype::bfloat16 ? round_bfloat16(value) : _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+      _mm256_mask_storeu_epi16(static_cast<uint16_t*>(to) + j, mask, half);
+    }
+  }
+}
+
+template <int kRows>
+TARGET void dot_rows(const float* x, const uint16_t* rows, int64_t n, float* out) {
+  __m512 sums[kRows];
+  for (int r = 0; r < kRows; ++r) sums[r] = _mm512_setzero_ps();
+  for (int64_t j = 0; j < n; j += 16) {
+    const __mmask16 mask = first_lanes(n - j);
+    const __m512 value = _mm512_maskz_loadu_ps(mask, x + j);
+    for (int r = 0; r < kRows; ++r) sums[r] = _mm512_fmadd_ps(value, load_half(rows + r * n + j, mask), sums[r]);
+  }
+  for (int r = 0; r < kRows; ++r) out[r] = _mm512_reduce_add_ps(sums[r]);
+}
+
+TARGET void dots(const float* x, const uint16_t* rows, int64_t count, int64_t n, float* out) {
+  int64_t r = 0;
+  for (; r + 4 <= count; r += 4) dot_rows<4>(x, rows + r * n, n, out + r);
+  for (; r < count; ++r) dot_rows<1>(x, rows + r * n, n, out + r);
+}
+
+TARGET void mix(const float* x, const float* gate, const uint16_t* rows, int64_t count, int64_t stride, int64_t n, float* out) {
+  for (int64_t j = 0; j < n; j += 16) {
+    const __mmask16 mask = first_lanes(n - j);
+    __m512 scale = _mm512_setzero_ps();
+    for (int64_t e = 0; e < count; ++e) scale = _mm512_fmadd_ps(_mm512_set1_ps(gate[e]), load_half(rows + e * stride + j, mask), scale);
+    _mm512_mask_storeu_ps(out + j, mask, _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, x + j)));
+  }
+}
+
+size_t table_bytes(int64_t in) { return static_cast<size_t>(ceil_div(in, 32) * kStepTables); }
+
+// The sums of four inputs under all signs; lane i has input b positive where bit b of i is set.
+TARGET inline __m512 table_of(const float* x) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512 sum = _mm512_setzero_ps();
+  for (int bit = 0; bit < 4; ++bit) {
+    const __mmask16 positive = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(1 << bit));
+    const __m512 value = _mm512_set1_ps(x[bit]);
+    sum = _mm512_mask_add_ps(_mm512_mask_sub_ps(sum, static_cast<__mmask16>(~positive), sum, value), positive, sum, value);
+  }
+  return sum;
+}
+
+TARGET inline float largest_sum(const float* x, int64_t n) {  // of |x| over four inputs; NaN where any input is not finite
+  __m512 most = _mm512_setzero_ps(), strange = _mm512_setzero_ps();
+  for (int64_t j = 0; j < n; j += 16) {
+    __m512 value = _mm512_abs_ps(_mm512_maskz_loadu_ps(first_lanes(n - j), x + j));
+    strange = _mm512_add_ps(strange, _mm512_sub_ps(value, value));
+    value = _mm512_add_ps(value, _mm512_permute_ps(value, 0xb1));
+    value = _mm512_add_ps(value, _mm512_permute_ps(value, 0x4e));
+    most = _mm512_max_ps(most, value);
+  }
+  return _mm512_reduce_max_ps(most) + _mm512_reduce_add_ps(strange);
+}
+
+TARGET void build(const float* x, const Plane& plane, uint8_t* tables, float* scales) {
+  for (int64_t start = 0; start < plane.in; start += plane.block) {
+    const int64_t end = std::min(plane.in, start + plane.block);
+    const float most = largest_sum(x + start, end - start);
+    *scales++ = most / kLargest;
+    const __m512 inverse = _mm512_set1_ps(most > 0 ? kLargest / most : 0.0F);
+    for (int64_t j = start; j < end; j += 32) {
+      for (int half = 0; half < 2; ++half, tables += 128) {
+        for (int table = 0; table < 4; ++table) {
+          const __m512i sum = _mm512_cvtps_epi32(_mm512_mul_ps(inverse, table_of(x + j + 16 * half + 4 * table)));
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(tables + 16 * table), _mm512_cvtepi32_epi8(_mm512_srai_epi32(sum, 8)));
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(tables + 64 + 16 * table), _mm512_cvtepi32_epi8(sum));
+        }
+      }
+    }
+  }
+}
+
+// kSixteens times 16 rows of one row tile, inputs of blocks [first, last); adds to `y` unless it is the first panel.
+template <int kCount, int kSixteens>
+TARGET inline void strip(const Plane& plane, const uint8_t* data, int64_t first, int64_t last, const uint8_t* const* tables,
+                         const float* const* scales, float* y, int64_t stride, int sixteen) {
+  const __m512i number = _mm512_set1_epi32(0x30201000), nibble = _mm512_set1_epi8(0x0f), ones = _mm512_set1_epi8(1);
+  const int64_t whole = ceil_div(plane.block, 32);
+  __m512 total[kCount][kSixteens];
+  for (int t = 0; t < kCount; ++t)
+    for (int m = 0; m < kSixteens; ++m)
+      total[t][m] = first == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(y + t * stride + 16 * (sixteen + m));
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t steps = std::min(whole, ceil_div(plane.in - block * plane.block, 32));
+    __m512i high[kCount][kSixteens], low[kCount][kSixteens];
+    for (int t = 0; t < kCount; ++t)
+      for (int m = 0; m < kSixteens; ++m) high[t][m] = low[t][m] = _mm512_setzero_si512();
+    const int64_t offset = block * whole * kStepTables;
+    for (int64_t step = 0; step < steps; ++step, data += 256) {
+      _mm_prefetch(reinterpret_cast<const char*>(data + 4096), _MM_HINT_T0);
+      if (kSixteens > 1) _mm_prefetch(reinterpret_cast<const char*>(data + 4096 + 64), _MM_HINT_T0);
+      if (kSixteens > 2) {
+        _mm_prefetch(reinterpret_cast<const char*>(data + 4096 + 128), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(data + 4096 + 192), _MM_HINT_T0);
+      }
+      for (int m = 0; m < kSixteens; ++m) {
+        const __m512i bits = _mm512_loadu_si512(data + 64 * (sixteen + m));
+        const __m512i even = _mm512_ternarylogic_epi32(bits, nibble, number, 0xea);  // bits & nibble | number
+        const __m512i odd = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bits, 4), nibble, number, 0xea);
+        for (int t = 0; t < kCount; ++t) {
+          const uint8_t* table = tables[t] + offset + step * kStepTables;
+          high[t][m] = _mm512_dpbusd_epi32(high[t][m], ones, _mm512_permutexvar_epi8(even, _mm512_loadu_si512(table)));
+          low[t][m] = _mm512_dpbusd_epi32(low[t][m], _mm512_permutexvar_epi8(even, _mm512_loadu_si512(table + 64)), ones);
+          high[t][m] = _mm512_dpbusd_epi32(high[t][m], ones, _mm512_permutexvar_epi8(odd, _mm512_loadu_si512(table + 128)));
+          low[t][m] = _mm512_dpbusd_epi32(low[t][m], _mm512_permutexvar_epi8(odd, _mm512_loadu_si512(table + 192)), ones);
+        }
+      }
+    }
+    for (int m = 0; m < kSixteens; ++m) {
+      const __m512 group = plane.grouped ? load_half(reinterpret_cast<const uint16_t*>(data) + 16 * (sixteen + m), 0xffff)
+                                         : _mm512_set1_ps(1.0F);
+      for (int t = 0; t < kCount; ++t) {
+        const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[t][m], 8), low[t][m]));
+        total[t][m] = _mm512_fmadd_ps(_mm512_mul_ps(sum, group), _mm512_set1_ps(scales[t][block]), total[t][m]);
+      }
+    }
+    if (plane.grouped) data += 128;
+  }
+  for (int t = 0; t < kCount; ++t)
+    for (int m = 0; m < kSixteens; ++m) _mm512_storeu_ps(y + t * stride + 16 * (sixteen + m), total[t][m]);
+}
+
+template <int kCount, int kSixteens>
+TARGET void tiles(const Plane& plane, int64_t first, int64_t last, const uint8_t* const* tables, const float* const* scales, float* y,
+                  int64_t stride) {
+  const int64_t blocks = ceil_div(plane.in, plane.block), bytes = tile_bytes(Layout::rows64, plane);
+  const int64_t block_bytes = ceil_div(plane.block, 32) * 256 + (plane.grouped ? 128 : 0);
+  // Several tokens' tables are read again for every row: as many blocks at a time as the first cache holds. One token's rows stream by.
+  const int64_t panel = kCount == 1 ? blocks : std::max<int64_t>(1, 3072 / kCount / plane.block);
+  for (int64_t block = 0; block < blocks; block += panel) {
+    const int64_t end = std::min(blocks, block + panel);
+    for (int64_t tile = first; tile < last; ++tile) {
+      const uint8_t* data = plane.data + tile * bytes + block * block_bytes;
+      for (int sixteen = 0; sixteen < 4; sixteen += kSixteens)
+        strip<kCount, kSixteens>(plane, data, block, end, tables, scales, y + tile * 64, stride, sixteen);
+    }
+  }
+}
+
+TARGET void product(const Plane& plane, int64_t first, int64_t last, const uint8_t* const* tables, const float* const* scales, int tokens,
+                    float* y, int64_t stride) {
+  switch (tokens) {
+    case 1: return tiles<1, 4>(plane, first, last, tables, scales, y, stride);
+    case 2: return tiles<2, 4>(plane, first, last, tables, scales, y, stride);
+    case 3: return tiles<3, 2>(plane, first, last, tables, scales, y, stride);
+    default: return tiles<4, 2>(plane, first, last, tables, scales, y, stride);
+  }
+}
+
+// What vpdpbusd multiplies int8 weights with: 16 bits a value, as a signed high and an unsigned low byte.
+struct Split {
+  float scale;
+  int32_t high_sum;
+  uint8_t pad[56];
+
+  const uint8_t* high() const { return reinterpret_cast<const uint8_t*>(this + 1); }
+  const uint8_t* low(int64_t n) const { return high() + ceil_div(n, 64) * 64; }
+};
+
+size_t int8_bytes(int64_t n) { return sizeof(Split) + 2 * static_cast<size_t>(ceil_div(n, 64) * 64); }
+
+TARGET void int8_prepare(const float* x, int64_t n, uint8_t* prepared) {
+  auto* split = reinterpret_cast<Split*>(prepared);
+  __m512 most = _mm512_setzero_ps(), strange = most;
+  for (int64_t j = 0; j < n; j += 16) {
+    const __m512 value = _mm512_abs_ps(_mm512_maskz_loadu_ps(first_lanes(n - j), x + j));
+    strange = _mm512_add_ps(strange, _mm512_sub_ps(value, value));
+    most = _mm512_max_ps(most, value);
+  }
+  const float largest = _mm512_reduce_max_ps(most) + _mm512_reduce_add_ps(strange);  // NaN where any value is not finite
+  const __m512 inverse = _mm512_set1_ps(largest > 0 ? kLargest / largest : 0.0F);
+  auto *high = prepared + sizeof(Split), *low = high + ceil_div(n, 64) * 64;
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t j = 0; j < ceil_div(n, 64) * 64; j += 16) {
+    const __mmask16 mask = n > j ? first_lanes(n - j) : static_cast<__mmask16>(0);
+    const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(inverse, _mm512_maskz_loadu_ps(mask, x + j)));
+    const __m512i upper = _mm512_srai_epi32(value, 8);
+    sum = _mm512_add_epi32(sum, upper);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(high + j), _mm512_cvtepi32_epi8(upper));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(low + j), _mm512_cvtepi32_epi8(value));
+  }
+  split->scale = largest / kLargest;
+  split->high_sum = _mm512_reduce_add_epi32(sum);
+}
+
+// The four sums of four registers.
+TARGET inline __m128i sums_of(const __m512i* rows) {
+  __m128i sums[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(rows[i]), _mm512_extracti64x4_epi64(rows[i], 1));
+    sums[i] = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  }
+  return _mm_hadd_epi32(_mm_hadd_epi32(sums[0], sums[1]), _mm_hadd_epi32(sums[2], sums[3]));
+}
+
+template <int kCount>
+TARGET void int8_tokens(const int8_t* weight, int64_t rows, int64_t n, const uint8_t* const* prepared, float* const* y) {
+  constexpr int kRows = 4;
+  const __m512i flip = _mm512_set1_epi8(-128);  // to weights + 128, unsigned
+  const int64_t whole = n / 64 * 64;
+  const __mmask64 rest = n % 64 == 0 ? 0 : (~__mmask64{0} >> (64 - n % 64));
+  const Split* split[kCount];
+  const uint8_t *high[kCount], *low[kCount];
+  for (int t = 0; t < kCount; ++t) {
+    split[t] = reinterpret_cast<const Split*>(prepared[t]);
+    high[t] = split[t]->high();
+    low[t] = split[t]->low(n);
+  }
+  for (int64_t r = 0; r < rows; r += kRows) {
+    const int8_t* row[kRows];
+    for (int i = 0; i < kRows; ++i) row[i] = weight + std::min(rows - 1, r + i) * n;
+    __m512i upper[kCount][kRows], lower[kCount][kRows];
+    for (int t = 0; t < kCount; ++t)
+      for (int i = 0; i < kRows; ++i) upper[t][i] = lower[t][i] = _mm512_setzero_si512();
+    for (int64_t j = 0; j < n; j += 64) {
+      const __mmask64 mask = j < whole ? ~__mmask64{0} : rest;
+      for (int i = 0; i < kRows; ++i) {
+        _mm_prefetch(reinterpret_cast<const char*>(row[i] + j + kRows * n), _MM_HINT_T0);
+        const __m512i values = j < whole ? _mm512_loadu_si512(row[i] + j) : _mm512_maskz_loadu_epi8(mask, row[i] + j);
+        const __m512i positive = _mm512_xor_si512(values, flip);
+        for (int t = 0; t < kCount; ++t) {
+          upper[t][i] = _mm512_dpbusd_epi32(upper[t][i], positive, _mm512_loadu_si512(high[t] + j));
+          lower[t][i] = _mm512_dpbusd_epi32(lower[t][i], _mm512_loadu_si512(low[t] + j), values);
+        }
+      }
+    }
+    for (int t = 0; t < kCount; ++t) {
+      const __m128i signed_upper = _mm_sub_epi32(sums_of(upper[t]), _mm_set1_epi32(128 * split[t]->high_sum));
+      const __m128 sum = _mm_fmadd_ps(_mm_cvtepi32_ps(signed_upper), _mm_set1_ps(256), _mm_cvtepi32_ps(sums_of(lower[t])));
+      const int64_t left = std::min<int64_t>(kRows, rows - r);
+      _mm_mask_storeu_ps(y[t] + r, static_cast<__mmask8>((1U << left) - 1), _mm_mul_ps(sum, _mm_set1_ps(split[t]->scale)));
+    }
+  }
+}
+
+TARGET void int8_rows(const int8_t* weight, int64_t rows, int64_t n, const uint8_t* const* prepared, int tokens, float* const* y) {
+  switch (tokens) {
+    case 1: return int8_tokens<1>(weight, rows, n, prepared, y);
+    case 2: return int8_tokens<2>(weight, rows, n, prepared, y);
+    case 3: return int8_tokens<3>(weight, rows, n, prepared, y);
+    default: return int8_tokens<4>(weight, rows, n, prepared, y);
+  }
+}
+
+}  // namespace
+
+const Level& avx512_level() {
+  static const Level level{"avx512", Layout::rows64, load, store, dots, mix, table_bytes, build, product, int8_bytes, int8_prepare, int8_rows};
+  return level;
+}
+
+}  // namespace bimos

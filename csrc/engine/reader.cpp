@@ -1,0 +1,247 @@
+// The forward pass: every rank of the team goes through all blocks; where one needs what another has made, they meet.
+//
+// Few tokens: ranks share out the rows of every linear, and the heads. Many tokens: ranks share out the tokens, each with all rows, so
+// that no table is made twice; they meet once a block, when keys and values are in the cache.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "../tiles.h"
+#include "model.h"
+
+namespace bimos {
+namespace {
+
+template <typename T>
+T* at_least(std::vector<T>& buffer, int64_t count) {
+  if (static_cast<int64_t>(buffer.size()) < count) buffer.assign(static_cast<size_t>(count), T{});
+  return buffer.data();
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+Range share(int64_t count, int rank, int size) { return {count * rank / size, count * (rank + 1) / size}; }
+
+int64_t tiles_of(const Level& level, const Linear& linear) { return tile_count(level.layout, linear.out); }
+
+// One linear among several that share their input: where its result goes.
+struct Target {
+  const Linear* linear;
+  float* y;
+  int64_t stride;
+};
+
+}  // namespace
+
+struct Reader::Work {
+  Reader& reader;
+  const Level& level;
+  const maths::Maths& maths;
+  const std::vector<Token>& tokens;
+  bool by_tokens;
+
+  int64_t count() const { return static_cast<int64_t>(tokens.size()); }
+  int size() const { return reader.team_.size(); }
+  Range own_tokens(int rank) const { return by_tokens ? share(count(), rank, size()) : Range{0, count()}; }
+  void meet_if_rows() {
+    if (!by_tokens) reader.team_.meet();
+  }
+
+  // This rank's rows of several linears with the same input, for its tokens.
+  void linears(const float* x, int64_t x_stride, Range tokens_of_x, std::initializer_list<Target> targets, int rank) {
+    int64_t all = 0;
+    for (const Target& target : targets) all += tiles_of(level, *target.linear);
+    const Range mine = by_tokens ? Range{0, all} : share(all, rank, size());
+    int64_t before = 0;
+    for (const Target& target : targets) {
+      const int64_t tiles = tiles_of(level, *target.linear);
+      const int64_t first = std::clamp<int64_t>(mine.begin - before, 0, tiles), last = std::clamp<int64_t>(mine.end - before, 0, tiles);
+      before += tiles;
+      if (first == last) continue;
+      for (int64_t t = tokens_of_x.begin; t < tokens_of_x.end; t += kTokens) {
+        const int few = static_cast<int>(std::min<int64_t>(kTokens, tokens_of_x.end - t));
+        rows_of_linear(level, *target.linear, x + (t - tokens_of_x.begin) * x_stride, x_stride, few, first, last,
+                       target.y + t * target.stride, target.stride);
+      }
+    }
+  }
+
+  // Adds this rank's rows of what a linear gave to the stream.
+  void add_to_stream(const Linear& linear, const float* part, int64_t stride, float* x, int64_t x_stride, int rank) {
+    const int64_t rows = rows_of(level.layout), tiles = tiles_of(level, linear);
+    const Range mine = by_tokens ? Range{0, tiles} : share(tiles, rank, size()), own = own_tokens(rank);
+    const int64_t begin = mine.begin * rows, end = std::min(linear.out, mine.end * rows);
+    for (int64_t t = own.begin; t < own.end && begin < end; ++t) maths.add(part + t * stride + begin, end - begin, x + t * x_stride + begin);
+  }
+};
+
+Reader::Reader(Model model, int threads) : model_(std::move(model)), level_(level()), team_(threads) {}
+
+void Reader::rank_main(int rank, void* context) {
+  Work& work = *static_cast<Work*>(context);
+  Reader& reader = work.reader;
+  for (size_t i = 0; i < reader.model_.blocks.size(); ++i) reader.block(work, reader.model_.blocks[i], static_cast<int64_t>(i), rank);
+  if (work.by_tokens) reader.team_.meet();  // the head's rows are shared out, whoever read the token
+  reader.logits(work, rank);
+}
+
+void Reader::read(const std::vector<Token>& tokens) {
+  if (tokens.empty()) return;
+  const Shape& shape = model_.shape;
+  const Level& used = level_;
+  const auto count = static_cast<int64_t>(tokens.size());
+  const int64_t hidden = padded_inputs(shape.hidden), inner = padded_inputs(shape.inner), heads = padded_inputs(shape.heads * shape.head);
+  const int64_t half = shape.head / 2;
+  at_least(x_, count * hidden);
+  at_least(query_, count * heads);
+  at_least(key_, count * shape.key_heads * shape.head);
+  at_least(value_, count * shape.key_heads * shape.head);
+  at_least(mixed_, count * heads);
+  at_least(inner_, count * inner);
+  at_least(other_, count * inner);
+  at_least(part_, count * hidden);
+  at_least(cosine_, count * half);
+  at_least(sine_, count * half);
+  for (int64_t t = 0; t < count; ++t) {
+    const Token& token = tokens[static_cast<size_t>(t)];
+    float* x = x_.data() + t * hidden;
+    if (model_.embedding.scale != nullptr) {
+      const auto* row = static_cast<const int8_t*>(model_.embedding.rows) + token.id * shape.hidden;
+      const float scale = model_.embedding.scale[token.id];
+      for (int64_t j = 0; j < shape.hidden; ++j) x[j] = scale * static_cast<float>(row[j]);
+    } else {
+      const auto* rows = static_cast<const char*>(model_.embedding.rows);
+      used.load(rows + token.id * shape.hidden * size_of(model_.embedding.dtype), model_.embedding.dtype, shape.hidden, x);
+    }
+    for (int64_t j = 0; j < half; ++j) {
+      const float angle = static_cast<float>(token.position) * model_.frequency[j];
+      cosine_[static_cast<size_t>(t * half + j)] = std::cos(angle) * shape.rope_scale;
+      sine_[static_cast<size_t>(t * half + j)] = std::sin(angle) * shape.rope_scale;
+    }
+  }
+  Work work{*this, used, maths::maths_for(used.name), tokens, count >= 2 * kTokens * team_.size()};
+  team_.run(rank_main, &work);
+  for (const Token& token : tokens) token.sequence->extend(token.position + 1);
+}
+
+void Reader::block(Work& work, const Block& block, int64_t index, int rank) {
+  thread_local std::vector<float> normed_buffer, scores_buffer;
+  const Shape& shape = model_.shape;
+  const int64_t hidden = padded_inputs(shape.hidden), inner = padded_inputs(shape.inner), heads = padded_inputs(shape.heads * shape.head);
+  const int64_t keys = shape.key_heads * shape.head, half = shape.head / 2, group = shape.heads / shape.key_heads;
+  const Range own = work.own_tokens(rank);
+  const int64_t mine = own.end - own.begin;
+  float* normed = at_least(normed_buffer, mine * hidden);
+  const auto norm = [&](const float* weight) {
+    for (int64_t t = 0; t < mine; ++t) {
+      work.maths.rms_norm(x_.data() + (own.begin + t) * hidden, weight, shape.hidden, shape.epsilon, normed + t * hidden);
+      std::fill(normed + t * hidden + shape.hidden, normed + (t + 1) * hidden, 0.0F);  // the buffer may be another model's
+    }
+  };
+
+  norm(block.input_norm);
+  work.linears(normed, hidden, own,
+               {{&block.query, query_.data(), heads}, {&block.key, key_.data(), keys}, {&block.value, value_.data(), keys}}, rank);
+  work.meet_if_rows();
+
+  // Heads of queries, then of keys: normed where the model does so, turned to their position; keys and values to the cache.
+  const Range all_heads = work.by_tokens ? Range{0, shape.heads + shape.key_heads} : share(shape.heads + shape.key_heads, rank, work.size());
+  for (int64_t t = own.begin; t < own.end; ++t) {
+    const Token& token = work.tokens[static_cast<size_t>(t)];
+    for (int64_t h = all_heads.begin; h < all_heads.end; ++h) {
+      const bool is_query = h < shape.heads;
+      const int64_t which = is_query ? h : h - shape.heads;
+      float* head = is_query ? query_.data() + t * heads + which * shape.head : key_.data() + t * keys + which * shape.head;
+      const float* weight = is_query ? block.query_norm : block.key_norm;
+      if (weight != nullptr) work.maths.rms_norm(head, weight, shape.head, shape.epsilon, head);
+      work.maths.rotate(head, cosine_.data() + t * half, sine_.data() + t * half, shape.head);
+      if (is_query) continue;
+      const int64_t place = token.position * shape.head;
+      work.maths.round_to_bfloat16(head, shape.head, token.sequence->keys(index, which) + place);
+      work.maths.round_to_bfloat16(value_.data() + t * keys + which * shape.head, shape.head, token.sequence->values(index, which) + place);
+    }
+  }
+  team_.meet();
+
+  const Range queries = work.by_tokens ? Range{0, shape.heads} : share(shape.heads, rank, work.size());
+  for (int64_t t = own.begin; t < own.end; ++t) {
+    const Token& token = work.tokens[static_cast<size_t>(t)];
+    const int64_t last = token.position + 1, first = block.window > 0 ? std::max<int64_t>(0, last - block.window) : 0;
+    float* scores = at_least(scores_buffer, last - first);
+    for (int64_t h = queries.begin; h < queries.end; ++h) {
+      work.maths.attend(query_.data() + t * heads + h * shape.head, token.sequence->keys(index, h / group), token.sequence->values(index, h / group),
+                        first, last, shape.head, 1.0F / std::sqrt(static_cast<float>(shape.head)), scores,
+                        mixed_.data() + t * heads + h * shape.head);
+    }
+  }
+  work.meet_if_rows();
+
+  work.linears(mixed_.data() + own.begin * heads, heads, own, {{&block.output, part_.data(), hidden}}, rank);
+  work.add_to_stream(block.output, part_.data(), hidden, x_.data(), hidden, rank);
+  work.meet_if_rows();
+
+  norm(block.inner_norm);
+  // Gate and up have the same rows: a rank multiplies its own of both.
+  const int64_t rows = rows_of(work.level.layout), tiles = tiles_of(work.level, block.gate);
+  const Range part = work.by_tokens ? Range{0, tiles} : share(tiles, rank, work.size());
+  const int64_t begin = part.begin * rows, end = std::min(shape.inner, part.end * rows);
+  for (int64_t t = 0; t < mine && begin < end; t += kTokens) {
+    const int few = static_cast<int>(std::min<int64_t>(kTokens, mine - t));
+    float *gate = inner_.data() + (own.begin + t) * inner, *up = other_.data() + (own.begin + t) * inner;
+    rows_of_linear(work.level, block.gate, normed + t * hidden, hidden, few, part.begin, part.end, gate, inner);
+    rows_of_linear(work.level, block.up, normed + t * hidden, hidden, few, part.begin, part.end, up, inner);
+    for (int i = 0; i < few; ++i) work.maths.swiglu(gate + i * inner + begin, up + i * inner + begin, end - begin);
+  }
+  work.meet_if_rows();
+
+  work.linears(inner_.data() + own.begin * inner, inner, own, {{&block.down, part_.data(), hidden}}, rank);
+  work.add_to_stream(block.down, part_.data(), hidden, x_.data(), hidden, rank);
+  work.meet_if_rows();
+}
+
+void Reader::logits(Work& work, int rank) {
+  thread_local std::vector<float> normed_buffer, row_buffer;
+  thread_local std::vector<uint8_t> prepared_buffer;
+  const Shape& shape = model_.shape;
+  const int64_t hidden = padded_inputs(shape.hidden);
+  const auto bytes = static_cast<int64_t>(work.level.int8_bytes(shape.hidden));
+  uint8_t* prepared = at_least(prepared_buffer, kTokens * bytes + 64);
+  prepared += (64 - reinterpret_cast<uintptr_t>(prepared) % 64) % 64;
+  const Range rows = share(shape.vocabulary, rank, work.size());
+  float* normed = at_least(normed_buffer, kTokens * hidden);
+  float* row = at_least(row_buffer, shape.hidden);
+  std::vector<int64_t> wanted;
+  for (int64_t t = 0; t < work.count(); ++t)
+    if (work.tokens[static_cast<size_t>(t)].logits != nullptr) wanted.push_back(t);
+  for (size_t start = 0; start < wanted.size(); start += kTokens) {
+    const int few = static_cast<int>(std::min<size_t>(kTokens, wanted.size() - start));
+    const float* x[kTokens];
+    float* y[kTokens];
+    for (int i = 0; i < few; ++i) {
+      const int64_t t = wanted[start + static_cast<size_t>(i)];
+      work.maths.rms_norm(x_.data() + t * hidden, model_.norm, shape.hidden, shape.epsilon, normed + i * hidden);
+      x[i] = normed + i * hidden;
+      y[i] = work.tokens[static_cast<size_t>(t)].logits + rows.begin;
+    }
+    if (model_.head.scale != nullptr) {
+      const auto* weight = static_cast<const int8_t*>(model_.head.rows) + rows.begin * shape.hidden;
+      const uint8_t* values[kTokens];
+      for (int i = 0; i < few; ++i) {
+        work.level.int8_prepare(x[i], shape.hidden, prepared + i * bytes);
+        values[i] = prepared + i * bytes;
+      }
+      work.level.int8_rows(weight, rows.end - rows.begin, shape.hidden, values, few, y);
+      for (int i = 0; i < few; ++i) work.maths.multiply(model_.head.scale + rows.begin, rows.end - rows.begin, y[i]);
+      continue;
+    }
+    for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
+      const auto* source = static_cast<const char*>(model_.head.rows) + (rows.begin + r) * shape.hidden * size_of(model_.head.dtype);
+      work.level.load(source, model_.head.dtype, shape.hidden, row);
+      for (int i = 0; i < few; ++i) y[i][r] = work.maths.dot(row, x[i], shape.hidden);
+    }
+  }
+}
+
+}  // namespace bimos

@@ -1,0 +1,74 @@
+#include "sampler.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace bimos {
+namespace {
+
+void penalize(float* logits, int64_t n, float penalty, const std::vector<int64_t>& seen) {
+  std::vector<int64_t> once(seen);
+  std::sort(once.begin(), once.end());
+  once.erase(std::unique(once.begin(), once.end()), once.end());
+  for (const int64_t id : once) {
+    if (id < 0 || id >= n) continue;
+    logits[id] = logits[id] > 0 ? logits[id] / penalty : logits[id] * penalty;
+  }
+}
+
+}  // namespace
+
+int64_t pick(float* logits, int64_t n, const Sampling& sampling, const std::vector<int64_t>& seen, double random) {
+  if (sampling.repetition_penalty != 1) penalize(logits, n, sampling.repetition_penalty, seen);
+  const int64_t best = std::max_element(logits, logits + n) - logits;
+  if (sampling.temperature <= 0) return best;
+
+  // Those that can be chosen at all: within what top-k, min-p or float32 leave of the likeliest. Softmax after temperature, as transformers does.
+  struct Candidate {
+    float logit;
+    int64_t id;
+  };
+  std::vector<Candidate> candidates;
+  const float most = logits[best];
+  const float floor = sampling.min_p > 0 ? most + sampling.temperature * std::log(sampling.min_p) : most - sampling.temperature * 40;
+  for (int64_t id = 0; id < n; ++id)
+    if (logits[id] >= floor) candidates.push_back({logits[id], id});
+  const auto likelier = [](const Candidate& a, const Candidate& b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); };
+  if (sampling.top_k > 0 && static_cast<int64_t>(candidates.size()) > sampling.top_k) {
+    std::nth_element(candidates.begin(), candidates.begin() + sampling.top_k, candidates.end(), likelier);
+    candidates.resize(static_cast<size_t>(sampling.top_k));
+  }
+  std::sort(candidates.begin(), candidates.end(), likelier);
+  std::vector<double> weights;
+  double total = 0;
+  for (const Candidate& candidate : candidates) {
+    weights.push_back(std::exp(static_cast<double>(candidate.logit - most) / sampling.temperature));
+    total += weights.back();
+  }
+  if (sampling.top_p < 1) {
+    double sum = 0;
+    size_t kept = 0;
+    while (kept < weights.size() && sum < sampling.top_p * total) sum += weights[kept++];
+    weights.resize(std::max<size_t>(1, kept));
+    total = weights.size() == kept ? sum : weights[0];
+  }
+  double left = random * total;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    left -= weights[i];
+    if (left < 0) return candidates[i].id;
+  }
+  return candidates[weights.size() - 1].id;
+}
+
+double uniform(uint64_t seed, uint64_t position) {  // SplitMix64
+  uint64_t z = seed * 0x9e3779b97f4a7c15ULL + position + 1;
+  for (int round = 0; round < 2; ++round) {
+    z += 0x9e3779b97f4a7c15ULL;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ULL;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebULL;
+    z ^= z >> 31;
+  }
+  return static_cast<double>(z >> 11) * 0x1.0p-53;
+}
+
+}  // namespace bimos

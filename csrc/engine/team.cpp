@@ -1,0 +1,84 @@
+#include "team.h"
+
+#include <unistd.h>
+
+namespace bimos {
+namespace {
+
+constexpr int kSpins = 20000;  // some tens of microseconds
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Until `value` is no longer `old`.
+void wait_while(const std::atomic<uint32_t>& value, uint32_t old) {
+  for (int spin = 0; spin < kSpins; ++spin) {
+    if (value.load(std::memory_order_acquire) != old) return;
+    pause();
+  }
+  value.wait(old, std::memory_order_acquire);
+}
+
+}  // namespace
+
+Team::Team(int size) : size_(size), process_(getpid()) {
+  for (int rank = 1; rank < size; ++rank) threads_.emplace_back(&Team::work, this, rank);
+}
+
+Team::~Team() {
+  if (!alive()) {  // nobody to wait for
+    for (auto& thread : threads_) thread.detach();
+    return;
+  }
+  stop_.store(true);
+  call_.fetch_add(1, std::memory_order_release);
+  call_.notify_all();
+  for (auto& thread : threads_) thread.join();
+}
+
+bool Team::alive() const { return getpid() == process_; }
+
+void Team::run(void (*task)(int, void*), void* context) {
+  if (size_ == 1) return task(0, context);
+  task_ = task;
+  context_ = context;
+  done_.store(0, std::memory_order_relaxed);
+  call_.fetch_add(1, std::memory_order_release);
+  call_.notify_all();
+  task(0, context);
+  const auto others = static_cast<uint32_t>(size_ - 1);
+  for (uint32_t done = done_.load(std::memory_order_acquire); done != others; done = done_.load(std::memory_order_acquire)) {
+    wait_while(done_, done);
+  }
+}
+
+void Team::meet() {
+  if (size_ == 1) return;
+  const uint32_t meeting = meeting_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(size_)) {
+    arrived_.store(0, std::memory_order_relaxed);
+    meeting_.fetch_add(1, std::memory_order_release);
+    meeting_.notify_all();
+  } else {
+    wait_while(meeting_, meeting);
+  }
+}
+
+void Team::work(int rank) {
+  uint32_t seen = 0;
+  for (;;) {
+    wait_while(call_, seen);
+    ++seen;
+    if (stop_.load()) return;
+    task_(rank, context_);
+    done_.fetch_add(1, std::memory_order_acq_rel);
+    done_.notify_one();
+  }
+}
+
+}  // namespace bimos

@@ -1,0 +1,67 @@
+// An instruction level: the functions that a product with signs is made of, once for every kind of processor.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace bimos {
+
+enum class Dtype { float32, bfloat16, float16 };
+
+// How the rows of a plane lie in memory (tiles.h).
+enum class Layout { rows32, rows64 };
+
+constexpr int kTokens = 4;  // that a product takes at a time
+
+// A plane in its tiles.
+struct Plane {
+  const uint8_t* data;
+  int64_t in;       // inputs, a multiple of 8
+  int64_t block;    // inputs that share a scale of the tables, and a scale of the row where `grouped`
+  bool grouped;     // whether every block of a row tile is followed by its rows' float16 scales
+};
+
+struct Level {
+  const char* name;
+  Layout layout;
+
+  // `n` values of any dtype to float32, and back (rounded to nearest even).
+  void (*load)(const void* from, Dtype dtype, int64_t n, float* to);
+  void (*store)(const float* from, Dtype dtype, int64_t n, void* to);
+
+  // out[r] = sum_j x[j] rows[r, j] for r < count; float16 rows of n.
+  void (*dots)(const float* x, const uint16_t* rows, int64_t count, int64_t n, float* out);
+
+  // out[j] = x[j] * sum_e gate[e] rows[e, j]; float16 rows of n, `stride` values from one to the next. `out` may be `x`.
+  void (*mix)(const float* x, const float* gate, const uint16_t* rows, int64_t count, int64_t stride, int64_t n, float* out);
+
+  // The tables of one token. `x` holds zeros up to the next multiple of 32. `scales`: one per block.
+  size_t (*table_bytes)(int64_t in);
+  void (*build)(const float* x, const Plane& plane, uint8_t* tables, float* scales);
+
+  // y[t, r] = sum_j sign[r, j] x[t, j] for t < tokens <= kTokens and the rows of row tiles [first, last).
+  // `y` has `stride` floats a token, a multiple of the tile's rows.
+  void (*product)(const Plane& plane, int64_t first, int64_t last, const uint8_t* const* tables, const float* const* scales, int tokens,
+                  float* y, int64_t stride);
+
+  // A token's values in the form in which `int8_rows` multiplies them, in `int8_bytes(n)` bytes.
+  size_t (*int8_bytes)(int64_t n);
+  void (*int8_prepare)(const float* x, int64_t n, uint8_t* prepared);
+
+  // y[t][r] = sum_j w[r, j] x[t][j]; int8 rows of n. t < tokens <= kTokens.
+  void (*int8_rows)(const int8_t* weight, int64_t rows, int64_t n, const uint8_t* const* prepared, int tokens, float* const* y);
+};
+
+const Level& scalar_level();
+#ifdef BIMOS_X86
+const Level& avx2_level();
+const Level& avx512_level();
+#endif
+
+// The level in use: the highest that the processor has, or lower where BIMOS_ISA or `use_level` says so.
+const Level& level();
+
+// Takes the level of this name; false where it is unknown or the processor does not have it.
+bool use_level(const char* name);
+
+}  // namespace bimos

@@ -1,0 +1,192 @@
+#include "linear.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "tiles.h"
+
+namespace bimos {
+namespace {
+
+// Below this many weights times tokens a second thread costs more than it saves.
+constexpr int64_t kWorthAThread = 1 << 18;
+// With more tokens than this for each thread, threads share out the tokens, and no table is made twice.
+constexpr int64_t kManyTokens = 2 * kTokens;
+
+// What one thread needs for `kTokens` tokens; grows, and is kept from call to call.
+struct Scratch {
+  std::vector<float> x, y, scaled, product, gate, scales;
+  std::vector<uint8_t> tables;
+};
+
+Scratch& scratch() {
+  thread_local Scratch mine;
+  return mine;
+}
+
+template <typename T>
+T* at_least(std::vector<T>& buffer, int64_t count) {
+  if (static_cast<int64_t>(buffer.size()) < count) buffer.resize(static_cast<size_t>(count));
+  return buffer.data();
+}
+
+void softmax(float* logits, int64_t count) {
+  float most = logits[0], sum = 0;
+  for (int64_t e = 1; e < count; ++e) most = std::max(most, logits[e]);
+  for (int64_t e = 0; e < count; ++e) sum += logits[e] = std::exp(logits[e] - most);
+  for (int64_t e = 0; e < count; ++e) logits[e] /= sum;
+}
+
+struct Job {
+  const Level& level;
+  const Linear& linear;
+  const char* x;
+  char* y;
+  Dtype dtype;
+  int64_t tokens, tiles, parts;
+  bool by_tokens;
+};
+
+// Rows of tiles [first, last) of `count` tokens from `token` on.
+void some(const Job& job, int64_t token, int count, int64_t first, int64_t last) {
+  const int64_t in = job.linear.in, out = job.linear.out, padded = padded_inputs(in), size = size_of(job.dtype);
+  const int64_t tile_rows = rows_of(job.level.layout), stride = job.tiles * tile_rows;
+  const int64_t row = first * tile_rows, rows = std::min(out, last * tile_rows) - row;
+  float* x = at_least(scratch().x, kTokens * padded);
+  float* y = at_least(scratch().y, kTokens * stride);
+  for (int t = 0; t < count; ++t) {
+    job.level.load(job.x + (token + t) * in * size, job.dtype, in, x + t * padded);
+    std::fill(x + t * padded + in, x + (t + 1) * padded, 0.0F);
+  }
+  rows_of_linear(job.level, job.linear, x, padded, count, first, last, y, stride);
+  for (int t = 0; t < count; ++t) job.level.store(y + t * stride + row, job.dtype, rows, job.y + ((token + t) * out + row) * size);
+}
+
+void part(int64_t index, void* context) {
+  const Job& job = *static_cast<const Job*>(context);
+  const int64_t units = job.by_tokens ? job.tokens : job.tiles;
+  const int64_t begin = units * index / job.parts, end = units * (index + 1) / job.parts;
+  if (begin == end) return;
+  const int64_t token = job.by_tokens ? begin : 0, tokens = job.by_tokens ? end : job.tokens;
+  const int64_t first = job.by_tokens ? 0 : begin, last = job.by_tokens ? job.tiles : end;
+  for (int64_t t = token; t < tokens; t += kTokens) some(job, t, static_cast<int>(std::min<int64_t>(kTokens, tokens - t)), first, last);
+}
+
+struct Int8Job {
+  const Level& level;
+  const int8_t* weight;
+  const float *scale, *bias;
+  const uint8_t* prepared;  // `bytes` a token
+  int64_t bytes;
+  char* y;
+  Dtype dtype;
+  int64_t in, out, tokens, parts;
+};
+
+void int8_part(int64_t index, void* context) {
+  const Int8Job& job = *static_cast<const Int8Job*>(context);
+  constexpr int64_t kRows = 32;  // whose weights stay in the first cache for all tokens
+  float sums[kTokens][kRows];
+  const int64_t begin = job.out * index / job.parts, end = job.out * (index + 1) / job.parts;
+  for (int64_t row = begin; row < end; row += kRows) {
+    const int64_t rows = std::min(kRows, end - row);
+    for (int64_t token = 0; token < job.tokens; token += kTokens) {
+      const int count = static_cast<int>(std::min<int64_t>(kTokens, job.tokens - token));
+      const uint8_t* x[kTokens];
+      float* y[kTokens];
+      for (int t = 0; t < count; ++t) {
+        x[t] = job.prepared + (token + t) * job.bytes;
+        y[t] = sums[t];
+      }
+      job.level.int8_rows(job.weight + row * job.in, rows, job.in, x, count, y);
+      for (int t = 0; t < count; ++t) {
+        for (int64_t r = 0; r < rows; ++r) sums[t][r] = job.scale[row + r] * sums[t][r] + (job.bias == nullptr ? 0.0F : job.bias[row + r]);
+        job.level.store(sums[t], job.dtype, rows, job.y + ((token + t) * job.out + row) * size_of(job.dtype));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void rows_of_linear(const Level& level, const Linear& linear, const float* x, int64_t x_stride, int count, int64_t first, int64_t last,
+                    float* y, int64_t y_stride) {
+  Scratch& mine = scratch();
+  const int64_t in = linear.in, padded = padded_inputs(in), experts = linear.experts, blocks = ceil_div(in, linear.block);
+  const int64_t tile_rows = rows_of(level.layout), tiles = tile_count(level.layout, linear.out), stride = tiles * tile_rows;
+  const int64_t row = first * tile_rows, rows = std::min(linear.out, last * tile_rows) - row;
+  const auto bytes = static_cast<int64_t>(level.table_bytes(in));
+  float* scaled = at_least(mine.scaled, padded);
+  float* product = at_least(mine.product, kTokens * stride);
+  float* gates = at_least(mine.gate, kTokens * experts);
+  float* all_scales = at_least(mine.scales, kTokens * blocks);
+  uint8_t* all_tables = at_least(mine.tables, kTokens * bytes + 64);
+  all_tables += (64 - reinterpret_cast<uintptr_t>(all_tables) % 64) % 64;
+  const uint8_t* tables[kTokens];
+  const float* scales[kTokens];
+  std::fill(scaled + in, scaled + padded, 0.0F);
+  for (int t = 0; t < count; ++t) {
+    float* gate = gates + t * experts;
+    gate[0] = 1;
+    if (linear.router != nullptr) {
+      level.dots(x + t * x_stride, linear.router, experts, in, gate);
+      softmax(gate, experts);
+    }
+    if (linear.bias == nullptr) {
+      std::fill_n(y + t * y_stride + row, rows, 0.0F);
+    } else {
+      level.load(static_cast<const char*>(linear.bias) + row * size_of(linear.bias_dtype), linear.bias_dtype, rows, y + t * y_stride + row);
+    }
+  }
+  for (int64_t p = 0; p < linear.planes; ++p) {
+    Plane plane{nullptr, in, linear.block, linear.grouped};
+    plane.data = linear.tiles + p * tiles * tile_bytes(level.layout, plane);
+    for (int t = 0; t < count; ++t) {
+      const float* input = x + t * x_stride;
+      if (linear.scale_in != nullptr) {
+        level.mix(input, gates + t * experts, linear.scale_in + p * experts * in, experts, in, in, scaled);
+        input = scaled;
+      }
+      level.build(input, plane, all_tables + t * bytes, all_scales + t * blocks);
+      tables[t] = all_tables + t * bytes;
+      scales[t] = all_scales + t * blocks;
+    }
+    level.product(plane, first, last, tables, scales, count, product, stride);
+    for (int t = 0; t < count; ++t) {
+      float* part = product + t * stride + row;
+      if (linear.scale_out != nullptr) {
+        level.mix(part, gates + t * experts, linear.scale_out + p * experts * linear.out + row, experts, linear.out, rows, part);
+      }
+      for (int64_t r = 0; r < rows; ++r) y[t * y_stride + row + r] += part[r];
+    }
+  }
+}
+
+void apply(const Level& level, const Linear& linear, const void* x, Dtype dtype, int64_t tokens, void* y, const Pool& pool) {
+  const int64_t tiles = tile_count(level.layout, linear.out);
+  const int64_t worth = linear.in * linear.out * linear.planes * tokens / kWorthAThread;
+  const bool by_tokens = tokens >= kManyTokens * pool.size;
+  const int64_t parts = std::clamp<int64_t>(worth, 1, std::min(pool.size, by_tokens ? tokens : tiles));
+  Job job{level, linear, static_cast<const char*>(x), static_cast<char*>(y), dtype, tokens, tiles, parts, by_tokens};
+  if (parts == 1) return part(0, &job);
+  pool.run(parts, part, &job);
+}
+
+void apply_int8(const Level& level, const int8_t* weight, const float* scale, const float* bias, int64_t in, int64_t out, const void* x,
+                Dtype dtype, int64_t tokens, void* y, const Pool& pool) {
+  const auto bytes = static_cast<int64_t>(level.int8_bytes(in));
+  float* values = at_least(scratch().x, in);
+  uint8_t* prepared = at_least(scratch().tables, tokens * bytes + 64);
+  prepared += (64 - reinterpret_cast<uintptr_t>(prepared) % 64) % 64;
+  for (int64_t t = 0; t < tokens; ++t) {
+    level.load(static_cast<const char*>(x) + t * in * size_of(dtype), dtype, in, values);
+    level.int8_prepare(values, in, prepared + t * bytes);
+  }
+  const int64_t parts = std::clamp<int64_t>(in * out * tokens / kWorthAThread, 1, std::min(pool.size, out));
+  Int8Job job{level, weight, scale, bias, prepared, bytes, static_cast<char*>(y), dtype, in, out, tokens, parts};
+  if (parts == 1) return int8_part(0, &job);
+  pool.run(parts, int8_part, &job);
+}
+
+}  // namespace bimos

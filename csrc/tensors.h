@@ -1,0 +1,31 @@
+// What the ops of all files do with tensors.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "linear.h"
+
+namespace bimos {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+std::optional<Dtype> dtype_of(const Tensor& tensor);
+
+// Inputs of a block: those of a group where there are groups.
+int64_t block_of(int64_t in, const Optional& scale_group);
+
+// The level in use, or the one below it where groups are too narrow for its steps; null where they fit none.
+const Level* level_for(int64_t in, int64_t block);
+
+// Planes uint8 [planes, out, in/8] and group scales float16 [planes, out, in/g] in the layout of `level_for`; empty without one.
+Tensor tile(const Tensor& weight, const Optional& scale_group);
+
+}  // namespace bimos

@@ -1,0 +1,70 @@
+// Every level that this processor has against sums in double, without Python: for emulated processors (`make emulate`).
+//
+//   levels [NAME]    exits with 1 where a product is off, or where the highest level is not NAME
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "../linear.h"
+#include "../tiles.h"
+
+namespace {
+
+double error_of(const bimos::Level& level, int64_t in, int64_t out, int64_t tokens) {
+  std::mt19937 random(static_cast<unsigned>(in * 1000 + out));
+  std::normal_distribution<float> normal;
+  std::vector<uint8_t> bits(static_cast<size_t>(out * in / 8));
+  for (auto& byte : bits) byte = static_cast<uint8_t>(random());
+  std::vector<float> x(static_cast<size_t>(tokens * in)), y(static_cast<size_t>(tokens * out));
+  for (auto& value : x) value = normal(random);
+  const bimos::Plane plane{nullptr, in, bimos::kBlock, false};
+  std::vector<uint8_t> tiles(static_cast<size_t>(bimos::tile_count(level.layout, out) * bimos::tile_bytes(level.layout, plane)));
+  bimos::make_tiles(level.layout, bits.data(), nullptr, out, in, bimos::kBlock, tiles.data());
+  bimos::Linear linear{};
+  linear.in = in;
+  linear.out = out;
+  linear.planes = linear.experts = 1;
+  linear.block = bimos::kBlock;
+  linear.tiles = tiles.data();
+  const bimos::Pool alone{1, nullptr};
+  bimos::apply(level, linear, x.data(), bimos::Dtype::float32, tokens, y.data(), alone);
+  double off = 0, size = 0;
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t r = 0; r < out; ++r) {
+      double sum = 0;
+      for (int64_t j = 0; j < in; ++j) {
+        const bool positive = (bits[static_cast<size_t>(r * (in / 8) + j / 8)] >> (j % 8) & 1) != 0;
+        sum += positive ? x[static_cast<size_t>(t * in + j)] : -x[static_cast<size_t>(t * in + j)];
+      }
+      const double difference = y[static_cast<size_t>(t * out + r)] - sum;
+      off += difference * difference;
+      size += sum * sum;
+    }
+  }
+  return std::sqrt(off / size);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  int failed = 0;
+  const char* highest = bimos::level().name;
+  std::printf("highest level: %s\n", highest);
+  if (argc > 1 && std::strcmp(argv[1], highest) != 0) {
+    std::printf("expected %s\n", argv[1]);
+    failed = 1;
+  }
+  for (const char* name : {"scalar", "avx2", "avx512"}) {
+    if (!bimos::use_level(name)) continue;
+    double worst = 0;
+    for (const int64_t in : {8, 40, 576, 1536})
+      for (const int64_t out : {1, 33, 192})
+        for (const int64_t tokens : {1, 2, 3, 9}) worst = std::max(worst, error_of(bimos::level(), in, out, tokens));
+    std::printf("%-7s relative error %.1e\n", name, worst);
+    if (!(worst < 1e-4)) failed = 1;
+  }
+  return failed;
+}

@@ -1,0 +1,249 @@
+"""The engine: packed models of the Llama family decoded in C++ (`csrc/engine/`), without Python between layers.
+
+    engine = Engine.from_pretrained("smollm2-1bit")
+    print(engine.generate("The lighthouse"))
+    for piece in engine.chat([{"role": "user", "content": "Hello!"}]):
+        print(piece, end="", flush=True)
+
+Llama, SmolLM, Mistral, Qwen2 and Qwen3; what it does not cover `refusal` says, and `transformers` runs. Everything is float32 but keys
+and values (bfloat16) and the tables of the products (16 bits), whatever the checkpoint's dtype.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from bimos.errors import BimosError
+from bimos.generation import Sampling, Streamer
+from bimos.kernels import native
+from bimos.packing.embedding import Int8Embedding, Int8Head, TiedInt8Head
+from bimos.packing.linear import PackedLinear
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+ROTARY_TYPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length
+KEPT = 4  # sequences whose beginnings later prompts may share
+_LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def refusal(model: Any) -> str | None:
+    """Why the engine cannot run a loaded model; None if it can."""
+    config = model.config
+    if native.isa() is None:
+        return f"no C++ kernels ({native.problem})"
+    if config.model_type not in MODEL_TYPES:
+        return f"architecture {config.model_type}"
+    if config.hidden_act != "silu":
+        return f"activation {config.hidden_act}"
+    rope = getattr(model.model.rotary_emb, "rope_type", "default")
+    if rope not in ROTARY_TYPES:
+        return f"rotary embedding {rope}"
+    for block in model.model.layers:
+        for name in _LINEARS:
+            layer = block.get_submodule(name)
+            if not isinstance(layer, PackedLinear):
+                return f"{name} is not packed"
+            if any(t.dtype != torch.float16 for n, t in layer.tensors().items() if n not in ("weight", "bias")):
+                return "scales that are not float16"
+            if layer.scale_group is not None and layer.in_features // layer.scale_group.shape[2] % 32:
+                return "groups that are no multiple of 32"
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        return "a head with a bias"
+    if model.model.norm.weight.device.type != "cpu":
+        return "a device other than the CPU"
+    return None
+
+
+def is_engine_model(model: Any) -> bool:
+    """Whether the engine runs a loaded model."""
+    return refusal(model) is None
+
+
+class Engine:
+    """A packed model ready to decode. Several threads may use it: their calls take turns."""
+
+    def __init__(self, model: Any, tokenizer: Any = None, threads: int | None = None) -> None:
+        """Takes what it needs out of a model that transformers loaded.
+
+        Raises:
+            BimosError: the engine does not cover this model.
+        """
+        reason = refusal(model)
+        if reason:
+            raise BimosError(f"the engine does not run this model ({reason}); use transformers' generate")
+        self.tokenizer = tokenizer
+        self.config = model.config
+        stop = model.generation_config.eos_token_id
+        self.stop = set(stop if isinstance(stop, list) else [] if stop is None else [stop])
+        tensors, numbers = _weights(model)
+        epsilon, scale = float(model.config.rms_norm_eps), float(getattr(model.model.rotary_emb, "attention_scaling", 1.0))
+        self._id = torch.ops.bimos.engine_new(tensors, numbers, epsilon, scale, threads or torch.get_num_threads())
+        weakref.finalize(self, torch.ops.bimos.engine_free, self._id)
+        self._kept: list[int] = []
+        self._choosing = threading.Lock()
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, threads: int | None = None) -> Self:
+        """An engine for a packed checkpoint.
+
+        Raises:
+            BimosError: no such checkpoint, a corrupt one, or one that the engine does not cover.
+        """
+        from bimos.models import load_model, load_tokenizer
+
+        return cls(load_model(directory), load_tokenizer(directory), threads)
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """Logits `[len(ids), vocabulary]`, float32, behind every token of a text."""
+        sequence = torch.ops.bimos.engine_open(self._id)
+        try:
+            logits: Tensor = torch.ops.bimos.engine_read(self._id, list(ids), [sequence] * len(ids), True)
+            return logits
+        finally:
+            torch.ops.bimos.engine_close(self._id, sequence)
+
+    def tokens(self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: bool = True) -> Iterator[list[int | None]]:
+        """Continue several prompts at once: at every step the next token of each, None where one has ended.
+
+        What a prompt shares with an earlier one, or with one beside it, is not computed again.
+
+        Args:
+            prompts: token ids; none empty.
+            sampling: prompt i has `sampling.seed + i`.
+            stop: whether the model's end-of-text tokens end a sequence.
+
+        Raises:
+            BimosError: an empty prompt, or one that leaves no room for new tokens.
+        """
+        limit = self.config.max_position_embeddings
+        for prompt in prompts:
+            if not prompt:
+                raise BimosError("the prompt is empty: give some text to continue")
+            if len(prompt) + sampling.max_new_tokens > limit:
+                raise BimosError(f"the prompt has {len(prompt)} tokens, and {sampling.max_new_tokens} are to follow: the model has {limit}")
+        seed = int(torch.randint(2**31, ())) if sampling.seed is None else sampling.seed
+        options = [sampling.temperature, sampling.top_p, sampling.min_p, sampling.repetition_penalty]
+        opened: list[int] = []
+        try:
+            for prompt in prompts:
+                opened.append(self._begin(list(prompt), opened))
+            last = [prompt[-1] for prompt in prompts]
+            active = list(range(len(prompts)))
+            for _ in range(sampling.max_new_tokens):
+                picked = torch.ops.bimos.engine_next(
+                    self._id, [last[i] for i in active], [opened[i] for i in active], options, sampling.top_k, [seed + i for i in active]
+                )
+                step: list[int | None] = [None] * len(prompts)
+                for i, token in zip(active, picked, strict=True):
+                    if not (stop and token in self.stop):
+                        step[i] = last[i] = token
+                active = [i for i in active if step[i] is not None]
+                if not active:
+                    return
+                yield step
+        finally:
+            self._keep(opened)
+
+    def stream(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Iterator[str]:
+        """What follows `prompt`, piece by piece, each as soon as it forms whole words.
+
+        Raises:
+            BimosError: see `tokens`.
+        """
+        ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        pieces: list[str] = []
+        streamer = Streamer(self.tokenizer, pieces.append)
+        for (token,) in self.tokens([ids], sampling or Sampling()):
+            streamer.put(torch.tensor([token]))
+            yield from pieces
+            pieces.clear()
+        streamer.end()
+        yield from pieces
+
+    def generate(self, prompt: str | list[str], sampling: Sampling | None = None) -> str | list[str]:
+        """What follows a prompt; or, of several, what follows each, decoded side by side.
+
+        Raises:
+            BimosError: see `tokens`.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        continued: list[list[int]] = [[] for _ in prompts]
+        for step in self.tokens([self.tokenizer(text)["input_ids"] for text in prompts], sampling or Sampling()):
+            for ids, token in zip(continued, step, strict=True):
+                if token is not None:
+                    ids.append(token)
+        texts: list[str] = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in continued]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def chat(self, messages: list[dict[str, str]], sampling: Sampling | None = None) -> Iterator[str]:
+        """The answer to a conversation `[{"role": ..., "content": ...}]` by the model's chat template, piece by piece."""
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.stream(self.tokenizer(text, add_special_tokens=False)["input_ids"], sampling)
+
+    def _begin(self, prompt: list[int], beside: list[int]) -> int:
+        """A sequence that has read all of `prompt` but its last token."""
+        ops, wanted = torch.ops.bimos, prompt[:-1]
+        with self._choosing:
+            shared = {sequence: _common(ops.engine_tokens(self._id, sequence), wanted) for sequence in (*self._kept, *beside)}
+            best = max(shared, key=lambda sequence: shared[sequence], default=None)
+            known = shared[best] if best is not None else 0
+            if known and best in self._kept:
+                self._kept.remove(best)
+                sequence = best
+            else:
+                sequence = ops.engine_open(self._id)
+            if known:
+                ops.engine_keep(self._id, sequence, best, known)
+        rest = wanted[known:]
+        if rest:
+            ops.engine_read(self._id, rest, [sequence] * len(rest), False)
+        return sequence
+
+    def _keep(self, sequences: list[int]) -> None:
+        with self._choosing:
+            self._kept += sequences
+            for old in self._kept[:-KEPT]:
+                torch.ops.bimos.engine_close(self._id, old)
+            del self._kept[:-KEPT]
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    pairs = zip(left, right, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _weights(model: Any) -> tuple[list[Tensor], list[int]]:
+    """Tensors and numbers in the order in which `csrc/engine/ops.cpp` takes them."""
+    config, inner = model.config, model.model
+    none = torch.empty(0)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    numbers = [config.vocab_size, config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head]
+    numbers += [config.intermediate_size, config.max_position_embeddings, len(inner.layers)]
+    tensors: list[Tensor] = []
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        tensors.append(table.weight.detach())
+        tensors.append(table.scale.flatten().float() if isinstance(table, Int8Embedding | Int8Head | TiedInt8Head) else none)
+    tensors += [inner.norm.weight.detach().float(), inner.rotary_emb.inv_freq.float()]
+    kinds = getattr(config, "layer_types", None) or []
+    window = getattr(config, "sliding_window", None) or 0
+    for index, block in enumerate(inner.layers):
+        slides = kinds[index] == "sliding_attention" if index < len(kinds) else config.model_type == "mistral"
+        numbers.append(window if slides else 0)
+        tensors += [block.input_layernorm.weight.detach().float(), block.post_attention_layernorm.weight.detach().float()]
+        for name in ("q_norm", "k_norm"):
+            norm = getattr(block.self_attn, name, None)
+            tensors.append(none if norm is None else norm.weight.detach().float())
+        for name in _LINEARS:
+            layer = block.get_submodule(name)
+            numbers.append(1 if layer.router is None else layer.router.shape[0])
+            tensors += [layer.weight, *(none if t is None else t for t in (layer.scale_in, layer.scale_out, layer.router))]
+            tensors += [none if layer.scale_group is None else layer.scale_group, none if layer.bias is None else layer.bias]
+    return tensors, numbers

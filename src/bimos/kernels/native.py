@@ -1,0 +1,67 @@
+"""The CPU's kernels in C++ (`csrc/`): loaded where they were built, absent where they were not.
+
+They register themselves for the ops of `bimos.kernels.ops`. Instruction levels are `scalar`, `avx2` and `avx512`; the highest that the
+processor has is used, or the one that the environment variable BIMOS_ISA names. `BIMOS_ISA=reference` leaves the ops to plain torch.
+BIMOS_NATIVE names another build of the library (`make sanitize`).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bimos.errors import BimosError
+from bimos.kernels import ops  # noqa: F401 - schemas come first
+
+LEVELS = ("scalar", "avx2", "avx512")
+LIBRARY = Path(os.environ.get("BIMOS_NATIVE") or Path(__file__).with_name("_native.so"))
+
+
+def _load() -> tuple[str | None, str]:
+    """The level in use, or None and the reason."""
+    wanted = os.environ.get("BIMOS_ISA", "")
+    if wanted == "reference":
+        return None, "BIMOS_ISA=reference"
+    if wanted and wanted not in LEVELS:
+        return None, f"BIMOS_ISA={wanted} is none of reference, {', '.join(LEVELS)}"
+    if not LIBRARY.exists():
+        return None, "not built: install a C++ compiler, then bimos again"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return None, f"cannot be loaded ({error}): install bimos again"
+    return torch.ops.bimos.isa(), ""
+
+
+_level, problem = _load()
+
+
+def isa() -> str | None:
+    """The instruction level in use; None where the ops run in plain torch, and `problem` says why."""
+    return _level
+
+
+def use_isa(name: str) -> None:
+    """Work at another instruction level from now on.
+
+    Raises:
+        BimosError: unknown, or not of this processor.
+    """
+    global _level
+    if _level is None or not torch.ops.bimos.use_isa(name):
+        raise BimosError(f"instruction level '{name}' is not to be had here; known: {', '.join(LEVELS)}")
+    _level = name
+
+
+def tile(weight: Tensor, scale_group: Tensor | None = None) -> Tensor | None:
+    """Planes uint8 `[planes, out, in/8]` (and group scales, float16 `[planes, out, in/g]`) in the order in which kernels read them.
+
+    None where there is nothing to gain: no kernels, another device, or groups that they do not cover.
+    """
+    if _level is None or weight.device.type != "cpu" or (scale_group is not None and scale_group.dtype != torch.float16):
+        return None
+    tiles: Tensor = torch.ops.bimos.tile(weight, scale_group)
+    return tiles if tiles.numel() else None

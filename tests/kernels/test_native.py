@@ -1,0 +1,225 @@
+"""The C++ kernels against the equations in float64, at every level that this processor has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bimos import BimosError
+from bimos.kernels import int8_linear, native, packed_linear, reference
+from bimos.packing.linear import PackedLinear
+
+pytestmark = pytest.mark.skipif(native.isa() is None, reason=f"no C++ kernels: {native.problem}")
+
+HIGHEST = native.isa()
+HERE = native.LEVELS[: native.LEVELS.index(HIGHEST) + 1] if HIGHEST else ()
+# Root of the mean square error relative to that of the result; float32 is the kernels' own.
+ERRORS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+@pytest.fixture(autouse=True)
+def highest_level_afterwards() -> Iterator[None]:
+    yield
+    if HIGHEST:
+        native.use_isa(HIGHEST)
+
+
+def make(planes: int, experts: int, n_in: int, n_out: int, group: int | None, scales: bool, bias: bool) -> dict[str, Any]:
+    def half(*shape: int) -> Tensor:
+        return (torch.rand(shape) + 0.1).half()
+
+    return {
+        "weight": torch.randint(0, 256, (planes, n_out, n_in // 8), dtype=torch.uint8),
+        "scale_in": half(planes, experts, n_in) if scales or experts > 1 else None,
+        "scale_out": half(planes, experts, n_out) if scales or experts > 1 else None,
+        "router": torch.randn(experts, n_in).half() * n_in**-0.5 if experts > 1 else None,
+        "scale_group": half(planes, n_out, n_in // group) if group else None,
+        "bias": torch.randn(n_out).half() if bias else None,
+    }
+
+
+def exact(x: Tensor, tensors: dict[str, Any]) -> Tensor:
+    doubles = {name: t if t is None or t.dtype == torch.uint8 else t.double() for name, t in tensors.items()}
+    gate = None if doubles["router"] is None else torch.softmax(x.double() @ doubles["router"].T, -1)
+    weight = tensors["weight"]
+    assert weight is not None
+    y = torch.zeros(*x.shape[:-1], weight.shape[1], dtype=torch.float64)
+    for plane in range(weight.shape[0]):
+        signs = reference.unpack_signs(weight[plane], torch.float64)
+        if (group := doubles["scale_group"]) is not None:
+            signs = (signs.unflatten(-1, (group.shape[2], -1)) * group[plane].unsqueeze(-1)).flatten(-2)
+        mixed = [
+            1.0 if s is None else s[plane, 0] if gate is None else gate @ s[plane] for s in (doubles["scale_in"], doubles["scale_out"])
+        ]
+        y = y + (x.double() * mixed[0]) @ signs.T * mixed[1]
+    return y if doubles["bias"] is None else y + doubles["bias"]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "planes": st.integers(1, 3),
+        "experts": st.integers(1, 5),
+        "n_in": st.integers(1, 90).map(lambda n: 8 * n),
+        "n_out": st.integers(1, 150),
+        "group": st.sampled_from([None, None, 4, 8, 32, 64, 96]),
+        "scales": st.booleans(),
+        "bias": st.booleans(),
+    }
+)
+
+
+@pytest.mark.parametrize("level", HERE)
+@settings(max_examples=60, deadline=None)
+@given(shape=shapes, tokens=st.integers(1, 20), dtype=st.sampled_from(list(ERRORS)), threads=st.integers(1, 3), tiled=st.booleans())
+def test_packed_linear(level: str, shape: dict, tokens: int, dtype: torch.dtype, threads: int, tiled: bool) -> None:
+    native.use_isa(level)
+    if shape["group"] and shape["n_in"] % shape["group"]:
+        shape = shape | {"group": None}
+    torch.manual_seed(tokens)
+    tensors = make(**shape)
+    x = torch.randn(2, tokens, shape["n_in"] + 8)[1, :, 8:].to(dtype)  # rows of a wider matrix, not contiguous
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        tiles = native.tile(tensors["weight"], tensors["scale_group"]) if tiled else None
+        y = packed_linear(x, **tensors, tiles=tiles)
+    finally:
+        torch.set_num_threads(before)
+    assert y.dtype == dtype and y.shape == (tokens, shape["n_out"])
+    expected = exact(x, tensors)
+    # A few outputs may cancel to almost nothing: their size is then what random signs would give.
+    size = exact(x.abs(), tensors | {"weight": torch.full_like(tensors["weight"], 255)}).norm() / shape["n_in"] ** 0.5
+    assert (y.double() - expected).norm() < ERRORS[dtype] * max(expected.norm(), size)
+
+
+@pytest.mark.parametrize("level", HERE)
+def test_wide_layers_in_parts_by_rows_and_by_tokens(level: str) -> None:
+    native.use_isa(level)
+    torch.manual_seed(0)
+    tensors = make(1, 4, 4096, 300, None, True, False)
+    tiles = native.tile(tensors["weight"])
+    for tokens in (1, 3, 40):
+        x = torch.randn(tokens, 4096)
+        y = packed_linear(x, **tensors, tiles=tiles)
+        assert relative_error(y, exact(x, tensors)) < 1e-4
+        for token in range(tokens):  # what stands beside a token does not change it
+            torch.testing.assert_close(packed_linear(x[token], **tensors, tiles=tiles), y[token], rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("level", HERE)
+def test_outliers_keep_their_neighbours(level: str) -> None:
+    native.use_isa(level)
+    torch.manual_seed(0)
+    tensors = make(1, 1, 2048, 200, None, False, False)
+    x = torch.randn(3, 2048)
+    x[:, ::100] *= 20
+    assert relative_error(packed_linear(x, **tensors), exact(x, tensors)) < 1e-4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("group", [None, 8, 32])
+@pytest.mark.parametrize("experts", [1, 4])
+@pytest.mark.parametrize("level", HERE)
+def test_what_is_not_finite_comes_out_as_nan(level: str, experts: int, group: int | None, value: float) -> None:
+    native.use_isa(level)
+    tensors = make(1, experts, 320, 70, group, True, True)
+    x = torch.randn(3, 320)
+    clean = packed_linear(x, **tensors)
+    x[1, 300] = value
+    y = packed_linear(x, **tensors)
+    assert y[1].isnan().all()
+    assert torch.equal(y[0], clean[0]) and torch.equal(y[2], clean[2])
+
+
+def test_no_tokens_and_other_dtypes_go_to_the_reference() -> None:
+    tensors = make(1, 2, 64, 9, None, True, True)
+    assert packed_linear(torch.empty(0, 64), **tensors).shape == (0, 9)
+    x = torch.randn(2, 64)
+    assert relative_error(packed_linear(x.double(), **tensors), exact(x, tensors)) < 1e-6
+    floats = {name: t if t is None or t.dtype == torch.uint8 else t.float() for name, t in tensors.items()}
+    assert torch.equal(packed_linear(x, **floats), reference.packed_linear(x, **floats))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [("scale_in", (1, 2, 8), "do not fit"), ("router", (3, 64), "do not fit"), ("bias", (8,), "bias"), ("weight", (1, 9, 4), "features")],
+)
+def test_wrong_shapes_are_refused(name: str, shape: tuple[int, ...], message: str) -> None:
+    tensors = make(1, 2, 64, 9, None, True, True)
+    dtype = torch.uint8 if name == "weight" else torch.float16
+    with pytest.raises(RuntimeError, match=message):
+        packed_linear(torch.randn(2, 64), **tensors | {name: torch.zeros(shape, dtype=dtype)})
+
+
+@pytest.mark.parametrize("level", HERE)
+def test_tiles_of_another_level_are_not_trusted(level: str) -> None:
+    tensors = make(1, 1, 64, 20, None, True, False)
+    others = [native.tile(tensors["weight"]) for other in HERE if native.use_isa(other) is None]
+    native.use_isa(level)
+    x = torch.randn(2, 64)
+    for tiles in [*others, torch.zeros(1, 1, 1, dtype=torch.uint8)]:
+        assert relative_error(packed_linear(x, **tensors, tiles=tiles), exact(x, tensors)) < 1e-4
+
+
+def test_a_module_follows_its_tensors() -> None:
+    """Tiles are made once, and again when the planes have changed or moved."""
+    torch.manual_seed(0)
+    first, second = make(1, 2, 64, 20, None, True, False), make(1, 2, 64, 20, None, True, False)
+    layer = PackedLinear.from_tensors({name: t for name, t in first.items() if t is not None})
+    x = torch.randn(3, 64)
+    assert relative_error(layer(x), exact(x, first)) < 1e-4
+    tiles = layer.tiles()
+    assert tiles is not None and layer.tiles() is tiles and "tiles" not in "".join(layer.state_dict())
+    layer.load_state_dict({name: t for name, t in second.items() if t is not None})
+    assert relative_error(layer(x), exact(x, second)) < 1e-4
+    assert layer.tiles() is not tiles
+    assert layer.to("meta").tiles() is None
+
+
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("dtype", ERRORS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 16, 17])
+def test_int8_linear(level: str, dtype: torch.dtype, tokens: int) -> None:
+    native.use_isa(level)
+    torch.manual_seed(0)
+    weight, scale = torch.randint(-127, 128, (5001, 72), dtype=torch.int8), torch.rand(5001, 1).half()
+    bias = torch.randn(5001) if tokens % 2 else None
+    x = torch.randn(tokens, 72).to(dtype)
+    expected = x.double() @ (weight.double() * scale.double()).T + (0 if bias is None else bias.double())
+    y = int8_linear(x, weight, scale, bias)
+    assert y.dtype == dtype and relative_error(y, expected) < ERRORS[dtype]
+
+
+def test_unknown_levels_are_refused() -> None:
+    with pytest.raises(BimosError, match="known: scalar, avx2, avx512"):
+        native.use_isa("sse")
+
+
+@pytest.mark.parametrize("wanted", ["reference", "mmx", *HERE])
+def test_the_environment_chooses(wanted: str) -> None:
+    code = "from bimos.kernels import native; print(native.isa(), '|', native.problem)"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"BIMOS_ISA": wanted}, capture_output=True, text=True, check=True)
+    isa, problem = done.stdout.strip().split(" |", 1)
+    assert isa == (wanted if wanted in HERE else "None") and (wanted in HERE or wanted in problem)
+
+
+def test_opcheck_and_compile() -> None:
+    tensors = make(2, 3, 64, 20, 32, True, True)
+    x, tiles = torch.randn(3, 64), native.tile(tensors["weight"], tensors["scale_group"])
+    torch.library.opcheck(torch.ops.bimos.packed_linear.default, (x, *tensors.values(), tiles))
+    layer = PackedLinear.from_tensors({name: t for name, t in tensors.items() if t is not None})
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), layer(x))

@@ -1,0 +1,241 @@
+"""The engine against transformers' own forward pass, on a tiny random model of every architecture that it covers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from bimos import BimosError
+from bimos.engine import Engine, refusal
+from bimos.generation import Sampling, continue_text
+from bimos.kernels import native
+
+pytestmark = pytest.mark.skipif(native.isa() is None, reason=f"no C++ kernels: {native.problem}")
+
+Packed = Callable[..., PreTrainedModel]
+GREEDY = Sampling(max_new_tokens=20, temperature=0, repetition_penalty=1)
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"planes": 2, "experts": 1, "group": 32, "intermediate_size": 96}),
+    ("llama", {"experts": 1, "num_key_value_heads": 4, "num_hidden_layers": 3}),
+    (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}),
+    ("mistral", {"sliding_window": 5}),
+    ("mistral", {"sliding_window": None, "num_key_value_heads": 1}),
+    ("qwen2", {}),
+    ("qwen3", {"embedding_bits": 8, "experts": 3}),
+    ("llama", {"embedding_bits": 8, "dtype": torch.bfloat16}),
+]
+over_cases = pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
+
+
+def text(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 101, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def reference_logits(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0].float()
+
+
+@over_cases
+@pytest.mark.parametrize("threads", [1, 3])
+def test_logits_are_those_of_transformers(kind: str, options: dict[str, Any], threads: int, packed: Packed) -> None:
+    model = packed(kind, **options)
+    ids = text(50)
+    actual = Engine(model, threads=threads).logits(ids)  # many tokens: shared out by tokens
+    expected = reference_logits(torch.nn.Module.float(model), ids)
+    assert actual.shape == expected.shape
+    assert (actual - expected).norm() < 5e-3 * expected.norm()
+
+
+@over_cases
+def test_greedy_decoding_is_that_of_transformers(kind: str, options: dict[str, Any], packed: Packed) -> None:
+    model = packed(kind, **options)
+    engine = Engine(model, threads=2)
+    prompts = [text(n, n) for n in (1, 2, 17)]
+    steps = list(engine.tokens(prompts, GREEDY, stop=False))
+    model = torch.nn.Module.float(model)
+    for i, prompt in enumerate(prompts):
+        ids = list(prompt)
+        for step in steps:
+            logits = reference_logits(model, ids)[-1]
+            best = logits.topk(2)
+            token = step[i]
+            assert token is not None
+            near = best.values[0] - logits[token] < 5e-3 * logits.norm()  # a tie to rounding
+            assert token == best.indices[0] or near
+            ids.append(token)
+
+
+def test_prompts_side_by_side_and_beginnings_that_are_shared(packed: Packed) -> None:
+    model = packed("llama", num_hidden_layers=3)
+    long, other = text(40), text(9, 1)
+    prompts = [long, long[:30] + other, other, long[:30] + other]
+    alone = [[step[0] for step in Engine(model, threads=1).tokens([prompt], GREEDY, stop=False)] for prompt in prompts]
+    engine = Engine(model, threads=2)
+    for _ in range(3):  # the second time from what is kept
+        together = list(engine.tokens(prompts, GREEDY, stop=False))
+        assert [[step[i] for step in together] for i in range(4)] == alone
+    assert len(engine._kept) == 4
+
+
+def test_what_is_shared_is_not_read_again(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(packed("llama"), threads=1)
+    read: list[int] = []
+    original = torch.ops.bimos.engine_read
+    monkeypatch.setattr(torch.ops.bimos, "engine_read", lambda e, ids, *rest: (read.append(len(ids)), original(e, ids, *rest))[1])
+    list(engine.tokens([text(40)], GREEDY, stop=False))
+    list(engine.tokens([[*text(40)[:35], 7, 8]], GREEDY, stop=False))
+    assert read == [39, 1]
+
+
+def test_ends_at_the_end_of_the_text(packed: Packed) -> None:
+    engine = Engine(packed("llama"), threads=1)
+    free = [step[0] for step in engine.tokens([text(8)], GREEDY, stop=False)]
+    engine.stop = {free[5]}
+    stopped = [step[0] for step in engine.tokens([text(8)], GREEDY)]
+    assert stopped == free[: free.index(free[5])]
+
+
+def test_sampling_follows_the_distribution(packed: Packed) -> None:
+    model = packed("llama")
+    engine = Engine(model, threads=1)
+    prompt = text(6)
+    logits = reference_logits(torch.nn.Module.float(model), prompt)[-1] / 8
+    sampling = Sampling(max_new_tokens=1, temperature=8.0, top_p=1, repetition_penalty=1, seed=5)
+    draws = torch.tensor([token for step in engine.tokens([prompt] * 2000, sampling, stop=False) for token in step])
+    expected = torch.softmax(logits, -1)
+    counts = torch.bincount(draws, minlength=101) / 2000
+    assert (counts - expected).abs().max() < 5 * (expected.max() / 2000).sqrt()
+    again = torch.tensor([token for step in engine.tokens([prompt] * 2000, sampling, stop=False) for token in step])
+    assert torch.equal(draws, again)
+
+
+@pytest.mark.parametrize(
+    "limits", [{"top_k": 3}, {"top_p": 0.3}, {"min_p": 0.4}, {"top_k": 1}, {"top_k": 7, "top_p": 0.5, "min_p": 0.01}], ids=str
+)
+def test_limits_are_those_of_transformers(limits: dict[str, Any], packed: Packed) -> None:
+    from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    model = packed("llama")
+    prompt = text(6)
+    processors = LogitsProcessorList([TemperatureLogitsWarper(4.0)])
+    for name, kind in (("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper)):
+        if name in limits:
+            processors.append(kind(limits[name]))
+    kept = processors(None, reference_logits(torch.nn.Module.float(model), prompt)[-1:])
+    allowed = set(kept[0].isfinite().nonzero().flatten().tolist())
+    sampling = Sampling(**{"max_new_tokens": 1, "temperature": 4.0, "top_p": 1, "repetition_penalty": 1, "seed": 1} | limits)
+    drawn = {token for step in Engine(model, threads=1).tokens([prompt] * 3000, sampling, stop=False) for token in step}
+    assert drawn <= allowed and len(drawn) > 0.7 * len(allowed)
+
+
+def test_repetition_penalty_is_that_of_transformers(packed: Packed) -> None:
+    model = torch.nn.Module.float(packed("llama"))
+    prompt = text(12)
+    sampling = Sampling(max_new_tokens=15, temperature=0, repetition_penalty=1.7)
+    actual = [step[0] for step in Engine(model, threads=1).tokens([prompt], sampling, stop=False)]
+    arguments = {"max_new_tokens": 15, "do_sample": False, "repetition_penalty": 1.7, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(torch.tensor([prompt]), **arguments)[0, 12:].tolist()
+    assert actual == expected
+
+
+def test_text_in_text_out(packed: Packed, tokenizer: Any) -> None:
+    model = packed("llama", vocab_size=320, bos_token_id=0, eos_token_id=1)
+    engine = Engine(model, tokenizer, threads=1)
+    streamed = "".join(engine.stream("The river", GREEDY))
+    assert streamed and streamed == continue_text(engine, tokenizer, "The river", GREEDY)
+    whole = engine.generate("The river", GREEDY)
+    assert engine.generate(["The river", "A ferry"], GREEDY)[0] == whole
+    assert whole[-20:] == streamed[-20:]  # pieces of bytes that form no character may be shown differently
+    assert isinstance("".join(engine.chat([{"role": "user", "content": "Hello"}], GREEDY)), str)
+
+
+def test_bad_input(packed: Packed, tokenizer: Any) -> None:
+    engine = Engine(packed("llama"), tokenizer, threads=1)
+    with pytest.raises(BimosError, match="prompt is empty"):
+        list(engine.tokens([[]], GREEDY))
+    with pytest.raises(BimosError, match="the model has 64"):
+        list(engine.tokens([text(50)], GREEDY))
+    with pytest.raises(RuntimeError, match="not in the vocabulary"):
+        engine.logits([101])
+    with pytest.raises(RuntimeError, match="64 positions"):
+        engine.logits(text(65))
+    with pytest.raises(BimosError, match="--top-k -1"):
+        Sampling(top_k=-1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reason"),
+    [
+        ("gemma", {}, "architecture gemma"),
+        ("phi", {}, "architecture phi"),
+        ("llama", {"skip": "down_proj"}, "down_proj is not packed"),
+        ("llama", {"group": 8, "experts": 1}, "no multiple of 32"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}, "rotary embedding dynamic"),
+    ],
+    ids=str,
+)
+def test_what_it_does_not_cover_is_refused(kind: str, options: dict[str, Any], reason: str, packed: Packed) -> None:
+    model = packed(kind, **options)
+    assert reason in str(refusal(model))
+    with pytest.raises(BimosError, match="transformers' generate"):
+        Engine(model)
+
+
+def test_two_engines_and_several_threads(packed: Packed) -> None:
+    engines = [Engine(packed("llama", seed=seed), threads=2) for seed in (0, 1)]
+    work = [(engine, text(20, i)) for i in range(6) for engine in engines]
+    expected = [list(engine.tokens([prompt], GREEDY, stop=False)) for engine, prompt in work]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(lambda item: list(item[0].tokens([item[1]], GREEDY, stop=False)), work)) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_is_told(packed: Packed) -> None:
+    engine = Engine(packed("llama"), threads=2)
+    engine.logits(text(5))
+    pid = os.fork()
+    if pid == 0:
+        try:
+            engine.logits(text(5))
+        except RuntimeError as error:
+            os._exit(7 if "forked" in str(error) else 8)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    assert engine.logits(text(5)).isfinite().all()
+
+
+@pytest.mark.parametrize("level", native.LEVELS)
+def test_every_level(level: str, packed: Packed) -> None:
+    before = native.isa()
+    assert before is not None
+    if native.LEVELS.index(level) > native.LEVELS.index(before):
+        pytest.skip(f"this processor has no {level}")
+    native.use_isa(level)
+    try:
+        model = packed("llama", experts=4)
+        ids = text(20)
+        expected = reference_logits(torch.nn.Module.float(model), ids)
+        assert (Engine(model, threads=1).logits(ids) - expected).norm() < 5e-3 * expected.norm()
+    finally:
+        native.use_isa(before)
