@@ -18,9 +18,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
-REQUIREMENTS := pyproject.toml constraints.txt $(wildcard csrc/*.*)
+REQUIREMENTS := pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 # Kernels are compiled against the torch that is installed, not against one of the build's own.
-BUILD_NEEDS := $(PIP_INSTALL) --quiet torch scikit-build-core cmake ninja
+BUILD_NEEDS := rm -f src/bimos/kernels/_native.so && $(PIP_INSTALL) --quiet torch scikit-build-core cmake ninja
 
 CMAKE := $(BIN)/cmake -S csrc -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 CMAKE_BUILD := $(BIN)/cmake --build

@@ -25,7 +25,14 @@ std::optional<Dtype> dtype_of(const Tensor& tensor) {
 }
 
 // Inputs of a block: those of a group where there are groups.
-int64_t block_of(int64_t in, const Optional& scale_group) { return scale_group ? in / scale_group->size(2) : kBlock; }
+int64_t block_of(const Tensor& weight, const Optional& scale_group) {
+  const int64_t in = 8 * weight.size(2);
+  if (!scale_group) return kBlock;
+  STD_TORCH_CHECK(scale_group->dim() == 3 && scale_group->size(0) == weight.size(0) && scale_group->size(1) == weight.size(1) &&
+                      scale_group->size(2) > 0 && in % scale_group->size(2) == 0,
+                  "scale_group does not fit the planes");
+  return in / scale_group->size(2);
+}
 
 // The level in use, or the one below it where groups are too narrow for its steps; null where they fit none.
 const Level* level_for(int64_t in, int64_t block) {
@@ -39,7 +46,7 @@ const Level* level_for(int64_t in, int64_t block) {
 Tensor tile(const Tensor& weight, const Optional& scale_group) {
   STD_TORCH_CHECK(weight.dim() == 3 && weight.scalar_type() == ScalarType::Byte, "weight must be uint8 [planes, out, in/8]");
   const Tensor bits = torch::stable::contiguous(weight);
-  const int64_t planes = bits.size(0), out = bits.size(1), in = 8 * bits.size(2), block = block_of(in, scale_group);
+  const int64_t planes = bits.size(0), out = bits.size(1), in = 8 * bits.size(2), block = block_of(bits, scale_group);
   Optional groups;
   if (scale_group) {
     STD_TORCH_CHECK(scale_group->scalar_type() == ScalarType::Half, "scale_group must be float16 to be tiled");
@@ -97,7 +104,7 @@ const uint16_t* halves(const Optional& tensor, std::vector<Tensor>& held) {
 Tensor packed_linear(const Tensor& x, const Tensor& weight, const Optional& scale_in, const Optional& scale_out, const Optional& router,
                      const Optional& scale_group, const Optional& bias, const Optional& tiles) {
   STD_TORCH_CHECK(weight.dim() == 3 && weight.scalar_type() == ScalarType::Byte, "weight must be uint8 [planes, out, in/8]");
-  const int64_t planes = weight.size(0), out = weight.size(1), in = 8 * weight.size(2), block = block_of(in, scale_group);
+  const int64_t planes = weight.size(0), out = weight.size(1), in = 8 * weight.size(2), block = block_of(weight, scale_group);
   STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == in, "x has ", x.dim() > 0 ? x.size(x.dim() - 1) : 0, " features, the planes ", in);
   const int64_t experts = router ? router->size(0) : 1;
   const std::array<std::pair<const Optional*, int64_t>, 3> sizes{
@@ -108,7 +115,6 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, const Optional& scal
     STD_TORCH_CHECK((*tensor)->numel() == size, "scales or router do not fit the planes");
     halves_only = halves_only && (*tensor)->scalar_type() == ScalarType::Half;
   }
-  STD_TORCH_CHECK(!scale_group || scale_group->numel() == planes * out * (in / block), "scale_group does not fit the planes");
   STD_TORCH_CHECK(!bias || bias->numel() == out, "bias does not fit the planes");
   const Level* used = level_for(in, block);
   const std::optional<Dtype> dtype = dtype_of(x), bias_dtype = bias ? dtype_of(*bias) : Dtype::float32;

@@ -20,7 +20,7 @@ using Optional = std::optional<Tensor>;
 std::optional<Dtype> dtype_of(const Tensor& tensor);
 
 // Inputs of a block: those of a group where there are groups.
-int64_t block_of(int64_t in, const Optional& scale_group);
+int64_t block_of(const Tensor& weight, const Optional& scale_group);
 
 // The level in use, or the one below it where groups are too narrow for its steps; null where they fit none.
 const Level* level_for(int64_t in, int64_t block);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -131,7 +132,9 @@ def test_sampling_follows_the_distribution(packed: Packed) -> None:
 
 
 @pytest.mark.parametrize(
-    "limits", [{"top_k": 3}, {"top_p": 0.3}, {"min_p": 0.4}, {"top_k": 1}, {"top_k": 7, "top_p": 0.5, "min_p": 0.01}], ids=str
+    "limits",
+    [{"top_k": 3}, {"top_p": 0.3}, {"min_p": 0.4}, {"top_k": 1}, {"top_k": 7, "top_p": 0.5, "min_p": 0.01}, {"top_p": 0.6, "min_p": 0.3}],
+    ids=str,
 )
 def test_limits_are_those_of_transformers(limits: dict[str, Any], packed: Packed) -> None:
     from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -146,7 +149,7 @@ def test_limits_are_those_of_transformers(limits: dict[str, Any], packed: Packed
     allowed = set(kept[0].isfinite().nonzero().flatten().tolist())
     sampling = Sampling(**{"max_new_tokens": 1, "temperature": 4.0, "top_p": 1, "repetition_penalty": 1, "seed": 1} | limits)
     drawn = {token for step in Engine(model, threads=1).tokens([prompt] * 3000, sampling, stop=False) for token in step}
-    assert drawn <= allowed and len(drawn) > 0.7 * len(allowed)
+    assert drawn == allowed
 
 
 def test_repetition_penalty_is_that_of_transformers(packed: Packed) -> None:
@@ -166,7 +169,8 @@ def test_text_in_text_out(packed: Packed, tokenizer: Any) -> None:
     assert streamed and streamed == continue_text(engine, tokenizer, "The river", GREEDY)
     whole = engine.generate("The river", GREEDY)
     assert engine.generate(["The river", "A ferry"], GREEDY)[0] == whole
-    assert whole[-20:] == streamed[-20:]  # pieces of bytes that form no character may be shown differently
+    assert streamed == continue_text(torch.nn.Module.float(model), tokenizer, "The river", GREEDY)
+    assert whole.replace("\ufffd", "") == streamed.replace("\ufffd", "")  # bytes that form no character are shown piece by piece
     assert isinstance("".join(engine.chat([{"role": "user", "content": "Hello"}], GREEDY)), str)
 
 
@@ -176,10 +180,16 @@ def test_bad_input(packed: Packed, tokenizer: Any) -> None:
         list(engine.tokens([[]], GREEDY))
     with pytest.raises(BimosError, match="the model has 64"):
         list(engine.tokens([text(50)], GREEDY))
-    with pytest.raises(RuntimeError, match="not in the vocabulary"):
+    with pytest.raises(BimosError, match="token 101 is not in the model's vocabulary"):
         engine.logits([101])
-    with pytest.raises(RuntimeError, match="64 positions"):
+    with pytest.raises(BimosError, match="64 positions"):
         engine.logits(text(65))
+    with pytest.raises(RuntimeError, match="not in the vocabulary"):  # of the op itself
+        torch.ops.bimos.engine_read(engine._id, [101], [torch.ops.bimos.engine_open(engine._id)], True)
+    with pytest.raises(BimosError, match="threads=0"):
+        Engine(packed("llama"), threads=0)
+    with pytest.raises(BimosError, match="no tokenizer"):
+        Engine(packed("llama")).generate("The river")
     with pytest.raises(BimosError, match="--top-k -1"):
         Sampling(top_k=-1)
 
@@ -200,6 +210,22 @@ def test_what_it_does_not_cover_is_refused(kind: str, options: dict[str, Any], r
     assert reason in str(refusal(model))
     with pytest.raises(BimosError, match="transformers' generate"):
         Engine(model)
+
+
+def test_damaged_weights_are_told(packed: Packed) -> None:
+    model = packed("llama")
+    model.model.layers[0].mlp.down_proj.scale_out[0, 0, 3] = float("nan")
+    engine = Engine(model, threads=1)
+    few = dataclasses.replace(GREEDY, max_new_tokens=5)
+    for sampling in (few, dataclasses.replace(few, temperature=1.0), dataclasses.replace(few, temperature=1.0, top_p=0.5)):
+        with pytest.raises(BimosError, match="not finite"):
+            list(engine.tokens([text(5)], sampling))
+
+
+def test_generation_settings_that_it_does_not_have(packed: Packed) -> None:
+    model = packed("llama")
+    model.generation_config.no_repeat_ngram_size = 3
+    assert "no_repeat_ngram_size" in str(refusal(model))
 
 
 def test_two_engines_and_several_threads(packed: Packed) -> None:

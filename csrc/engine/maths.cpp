@@ -24,7 +24,11 @@ namespace {
 BIMOS_MATHS(scalar, )
 #ifdef BIMOS_X86
 BIMOS_MATHS(avx2, __attribute__((target("avx2,fma,f16c"))))
+#if defined(__clang__)  // which ignores an attribute that has a part it does not know
+BIMOS_MATHS(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))))
+#else
 BIMOS_MATHS(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512"))))
+#endif
 #endif
 
 }  // namespace

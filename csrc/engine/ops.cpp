@@ -137,7 +137,7 @@ class Reading {
     Optional scale_group;
     if (groups.numel() != 0) scale_group = groups;
     linear.grouped = scale_group.has_value();
-    linear.block = block_of(in, scale_group);
+    linear.block = block_of(weight, scale_group);
     STD_TORCH_CHECK(level_for(in, linear.block) == &level(), "engine: groups of ", linear.block, " inputs are too narrow for it");
     held_.push_back(tile(weight, scale_group));
     linear.tiles = static_cast<const uint8_t*>(held_.back().const_data_ptr());
@@ -257,9 +257,9 @@ void read(Engine& engine, const std::vector<int64_t>& ids, const std::vector<int
       Told& told = sequence_of(engine, sequences[i]);
       const auto place = positions.try_emplace(sequences[i], told.sequence->length()).first;
       tokens.push_back({ids[i], told.sequence.get(), place->second++, logits[i]});
-      told.ids.push_back(ids[i]);
     }
     engine.reader->read(tokens);
+    for (size_t i = start; i < start + tokens.size(); ++i) sequence_of(engine, sequences[i]).ids.push_back(ids[i]);
   }
 }
 

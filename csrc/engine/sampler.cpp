@@ -19,45 +19,48 @@ void penalize(float* logits, int64_t n, float penalty, const std::vector<int64_t
 }  // namespace
 
 int64_t pick(float* logits, int64_t n, const Sampling& sampling, const std::vector<int64_t>& seen, double random) {
+  for (int64_t id = 0; id < n; ++id)
+    if (std::isnan(logits[id])) return -1;
   if (sampling.repetition_penalty != 1) penalize(logits, n, sampling.repetition_penalty, seen);
   const int64_t best = std::max_element(logits, logits + n) - logits;
+  const float most = logits[best];
+  if (!std::isfinite(most)) return -1;
   if (sampling.temperature <= 0) return best;
 
-  // Those that can be chosen at all: within what top-k, min-p or float32 leave of the likeliest. Softmax after temperature, as transformers does.
+  // In the order of transformers: temperature, top-k, top-p, min-p. Below e^-40 of the likeliest nothing is ever drawn.
   struct Candidate {
     float logit;
     int64_t id;
   };
   std::vector<Candidate> candidates;
-  const float most = logits[best];
-  const float floor = sampling.min_p > 0 ? most + sampling.temperature * std::log(sampling.min_p) : most - sampling.temperature * 40;
   for (int64_t id = 0; id < n; ++id)
-    if (logits[id] >= floor) candidates.push_back({logits[id], id});
+    if (logits[id] >= most - sampling.temperature * 40) candidates.push_back({logits[id], id});
   const auto likelier = [](const Candidate& a, const Candidate& b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); };
   if (sampling.top_k > 0 && static_cast<int64_t>(candidates.size()) > sampling.top_k) {
     std::nth_element(candidates.begin(), candidates.begin() + sampling.top_k, candidates.end(), likelier);
     candidates.resize(static_cast<size_t>(sampling.top_k));
   }
   std::sort(candidates.begin(), candidates.end(), likelier);
-  std::vector<double> weights;
+  std::vector<double> weights;  // times the likeliest one's
   double total = 0;
   for (const Candidate& candidate : candidates) {
     weights.push_back(std::exp(static_cast<double>(candidate.logit - most) / sampling.temperature));
     total += weights.back();
   }
+  size_t kept = weights.size();
   if (sampling.top_p < 1) {
     double sum = 0;
-    size_t kept = 0;
-    while (kept < weights.size() && sum < sampling.top_p * total) sum += weights[kept++];
-    weights.resize(std::max<size_t>(1, kept));
-    total = weights.size() == kept ? sum : weights[0];
+    for (kept = 0; kept < weights.size() && (kept == 0 || sum < sampling.top_p * total); ++kept) sum += weights[kept];
   }
+  while (kept > 1 && weights[kept - 1] < sampling.min_p) --kept;
+  total = 0;
+  for (size_t i = 0; i < kept; ++i) total += weights[i];
   double left = random * total;
-  for (size_t i = 0; i < weights.size(); ++i) {
+  for (size_t i = 0; i < kept; ++i) {
     left -= weights[i];
     if (left < 0) return candidates[i].id;
   }
-  return candidates[weights.size() - 1].id;
+  return candidates[kept - 1].id;
 }
 
 double uniform(uint64_t seed, uint64_t position) {  // SplitMix64

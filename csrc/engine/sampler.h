@@ -14,7 +14,7 @@ struct Sampling {
   float repetition_penalty = 1;
 };
 
-// Picks a token. `logits [n]` are changed. `seen` are the tokens so far, for the penalty. `random` is from [0, 1).
+// Picks a token; -1 where logits are not finite. `logits [n]` are changed. `seen` are the tokens so far, for the penalty. `random` is from [0, 1).
 int64_t pick(float* logits, int64_t n, const Sampling& sampling, const std::vector<int64_t>& seen, double random);
 
 // A number from [0, 1) that depends on both.

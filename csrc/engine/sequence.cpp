@@ -12,13 +12,15 @@ void Sequence::keep(int64_t length) { length_ = std::min(length_, std::max<int64
 void Sequence::reserve(int64_t length) {
   if (length <= room_) return;
   const int64_t room = std::max<int64_t>(length, std::max<int64_t>(128, room_ + room_ / 2));
-  for (auto* cache : {&keys_, &values_}) {
-    std::vector<uint16_t> wider(static_cast<size_t>(blocks_ * key_heads_ * room * head_size_));
-    for (int64_t i = 0; i < blocks_ * key_heads_ && length_ > 0; ++i) {
-      std::memcpy(wider.data() + i * room * head_size_, cache->data() + i * room_ * head_size_, static_cast<size_t>(length_ * head_size_) * 2);
-    }
-    cache->swap(wider);
+  const auto size = static_cast<size_t>(blocks_ * key_heads_ * room * head_size_);
+  std::vector<uint16_t> keys(size), values(size);  // both, before anything changes
+  for (int64_t i = 0; i < blocks_ * key_heads_ && length_ > 0; ++i) {
+    const auto bytes = static_cast<size_t>(length_ * head_size_) * 2;
+    std::memcpy(keys.data() + i * room * head_size_, keys_.data() + i * room_ * head_size_, bytes);
+    std::memcpy(values.data() + i * room * head_size_, values_.data() + i * room_ * head_size_, bytes);
   }
+  keys_.swap(keys);
+  values_.swap(values);
   room_ = room;
 }
 

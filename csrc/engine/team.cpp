@@ -27,14 +27,23 @@ void wait_while(const std::atomic<uint32_t>& value, uint32_t old) {
 }  // namespace
 
 Team::Team(int size) : size_(size), process_(getpid()) {
-  for (int rank = 1; rank < size; ++rank) threads_.emplace_back(&Team::work, this, rank);
+  try {
+    for (int rank = 1; rank < size; ++rank) threads_.emplace_back(&Team::work, this, rank);
+  } catch (...) {  // the system has no more threads to give
+    end();
+    throw;
+  }
 }
 
 Team::~Team() {
-  if (!alive()) {  // nobody to wait for
-    for (auto& thread : threads_) thread.detach();
-    return;
+  if (alive()) {
+    end();
+  } else {
+    for (auto& thread : threads_) thread.detach();  // of another process: nobody to wait for
   }
+}
+
+void Team::end() {
   stop_.store(true);
   call_.fetch_add(1, std::memory_order_release);
   call_.notify_all();

@@ -31,6 +31,7 @@ class Team {
 
  private:
   void work(int rank);
+  void end();
 
   const int size_;
   const int64_t process_;

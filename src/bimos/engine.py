@@ -29,6 +29,10 @@ from bimos.packing.linear import PackedLinear
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROTARY_TYPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length
+SETTINGS = (  # of transformers' generate, that change what is said and that the engine does not have
+    *("no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "min_new_tokens", "min_length", "sequence_bias"),
+    *("forced_bos_token_id", "forced_eos_token_id", "encoder_repetition_penalty", "exponential_decay_length_penalty"),
+)
 KEPT = 4  # sequences whose beginnings later prompts may share
 _LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -56,8 +60,11 @@ def refusal(model: Any) -> str | None:
                 return "groups that are no multiple of 32"
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         return "a head with a bias"
-    if model.model.norm.weight.device.type != "cpu":
+    if any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers())):
         return "a device other than the CPU"
+    for setting in SETTINGS:
+        if getattr(model.generation_config, setting, None):
+            return f"generation_config.json asks for {setting}"
     return None
 
 
@@ -78,6 +85,8 @@ class Engine:
         reason = refusal(model)
         if reason:
             raise BimosError(f"the engine does not run this model ({reason}); use transformers' generate")
+        if threads is not None and not 1 <= threads <= 1024:
+            raise BimosError(f"threads={threads}: must be from 1 to 1024")
         self.tokenizer = tokenizer
         self.config = model.config
         stop = model.generation_config.eos_token_id
@@ -101,7 +110,12 @@ class Engine:
         return cls(load_model(directory), load_tokenizer(directory), threads)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """Logits `[len(ids), vocabulary]`, float32, behind every token of a text."""
+        """Logits `[len(ids), vocabulary]`, float32, behind every token of a text.
+
+        Raises:
+            BimosError: a token that the model does not know, or too many.
+        """
+        self._check(ids)
         sequence = torch.ops.bimos.engine_open(self._id)
         try:
             logits: Tensor = torch.ops.bimos.engine_read(self._id, list(ids), [sequence] * len(ids), True)
@@ -122,24 +136,23 @@ class Engine:
         Raises:
             BimosError: an empty prompt, or one that leaves no room for new tokens.
         """
-        limit = self.config.max_position_embeddings
         for prompt in prompts:
             if not prompt:
                 raise BimosError("the prompt is empty: give some text to continue")
-            if len(prompt) + sampling.max_new_tokens > limit:
-                raise BimosError(f"the prompt has {len(prompt)} tokens, and {sampling.max_new_tokens} are to follow: the model has {limit}")
+            self._check(prompt, sampling.max_new_tokens)
         seed = int(torch.randint(2**31, ())) if sampling.seed is None else sampling.seed
         options = [sampling.temperature, sampling.top_p, sampling.min_p, sampling.repetition_penalty]
         opened: list[int] = []
         try:
             for prompt in prompts:
-                opened.append(self._begin(list(prompt), opened))
+                self._begin(list(prompt), opened)
             last = [prompt[-1] for prompt in prompts]
             active = list(range(len(prompts)))
             for _ in range(sampling.max_new_tokens):
-                picked = torch.ops.bimos.engine_next(
-                    self._id, [last[i] for i in active], [opened[i] for i in active], options, sampling.top_k, [seed + i for i in active]
-                )
+                reading = [last[i] for i in active], [opened[i] for i in active]
+                picked = torch.ops.bimos.engine_next(self._id, *reading, options, sampling.top_k, [seed + i for i in active])
+                if -1 in picked:
+                    raise BimosError("the model's logits are not finite: its weights are damaged; get the checkpoint again")
                 step: list[int | None] = [None] * len(prompts)
                 for i, token in zip(active, picked, strict=True):
                     if not (stop and token in self.stop):
@@ -157,9 +170,10 @@ class Engine:
         Raises:
             BimosError: see `tokens`.
         """
-        ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        ids = self._ids(prompt) if isinstance(prompt, str) else list(prompt)
         pieces: list[str] = []
         streamer = Streamer(self.tokenizer, pieces.append)
+        streamer.put(torch.tensor(ids))  # which it skips
         for (token,) in self.tokens([ids], sampling or Sampling()):
             streamer.put(torch.tensor([token]))
             yield from pieces
@@ -175,7 +189,7 @@ class Engine:
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
         continued: list[list[int]] = [[] for _ in prompts]
-        for step in self.tokens([self.tokenizer(text)["input_ids"] for text in prompts], sampling or Sampling()):
+        for step in self.tokens([self._ids(text) for text in prompts], sampling or Sampling()):
             for ids, token in zip(continued, step, strict=True):
                 if token is not None:
                     ids.append(token)
@@ -187,11 +201,27 @@ class Engine:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self.stream(self.tokenizer(text, add_special_tokens=False)["input_ids"], sampling)
 
-    def _begin(self, prompt: list[int], beside: list[int]) -> int:
-        """A sequence that has read all of `prompt` but its last token."""
+    def _ids(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise BimosError("this engine has no tokenizer: give it one, or token ids instead of text")
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
+
+    def _check(self, ids: Sequence[int], more: int = 0) -> None:
+        """Raises BimosError: a token that is not in the vocabulary, or more tokens than the model has positions."""
+        limit, size = self.config.max_position_embeddings, self.config.vocab_size
+        for token in ids:
+            if not 0 <= token < size:
+                raise BimosError(f"token {token} is not in the model's vocabulary of {size}: use the model's own tokenizer")
+        if len(ids) + more > limit:
+            follow = f", and {more} are to follow" if more else ""
+            raise BimosError(f"the prompt has {len(ids)} tokens{follow}: the model has {limit} positions")
+
+    def _begin(self, prompt: list[int], opened: list[int]) -> None:
+        """Add to `opened` a sequence that has read all of `prompt` but its last token."""
         ops, wanted = torch.ops.bimos, prompt[:-1]
         with self._choosing:
-            shared = {sequence: _common(ops.engine_tokens(self._id, sequence), wanted) for sequence in (*self._kept, *beside)}
+            shared = {sequence: _common(ops.engine_tokens(self._id, sequence), wanted) for sequence in (*self._kept, *opened)}
             best = max(shared, key=lambda sequence: shared[sequence], default=None)
             known = shared[best] if best is not None else 0
             if known and best in self._kept:
@@ -199,12 +229,12 @@ class Engine:
                 sequence = best
             else:
                 sequence = ops.engine_open(self._id)
+            opened.append(sequence)  # before it reads: whoever interrupts that finds it there
             if known:
                 ops.engine_keep(self._id, sequence, best, known)
         rest = wanted[known:]
         if rest:
             ops.engine_read(self._id, rest, [sequence] * len(rest), False)
-        return sequence
 
     def _keep(self, sequences: list[int]) -> None:
         with self._choosing:

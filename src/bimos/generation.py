@@ -42,8 +42,8 @@ class Sampling:
             raise BimosError(f"--temperature {self.temperature}: must be 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise BimosError(f"--top-p {self.top_p}: must be above 0 and at most 1")
-        if self.top_k < 0:
-            raise BimosError(f"--top-k {self.top_k}: must be 0 (all tokens) or more")
+        if not 0 <= self.top_k < 2**31:
+            raise BimosError(f"--top-k {self.top_k}: must be 0 (all tokens) or more, and below 2**31")
         if not 0 <= self.min_p <= 1:
             raise BimosError(f"--min-p {self.min_p}: must be from 0 to 1")
         if not self.repetition_penalty > 0:

@@ -67,11 +67,16 @@ class PackedLinear(nn.Module):
         return packed_linear(x, self.weight, self.scale_in, self.scale_out, self.router, self.scale_group, self.bias, tiles)
 
     def tiles(self) -> Tensor | None:
-        """The planes in the order in which this CPU's kernels read them, made at the first call; None where nothing reads them so."""
+        """The planes in the order in which this CPU's kernels read them, made at the first call; None where nothing reads them so.
+
+        Made anew when a plane was replaced or written to, which tensors of inference mode do not tell: theirs are not remembered.
+        """
         if native.isa() is None or self.weight.device.type != "cpu":
             return None
         planes = [tensor for tensor in (self.weight, self.scale_group) if tensor is not None]
-        source = (native.isa(), *((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in planes))
+        if any(tensor.is_inference() for tensor in planes):
+            return None
+        source = (native.isa(), *((id(tensor), tensor.data_ptr(), tensor._version) for tensor in planes))
         if self._tiles[0] != source:
             self._tiles = (source, native.tile(self.weight, self.scale_group))
         return self._tiles[1]
