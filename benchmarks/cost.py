@@ -85,11 +85,6 @@ def measure(stage: str, arguments: argparse.Namespace, profiled: bool) -> dict[s
                 profiler.start()
             data = NumberedWindows(stream.as_dataset(0, count), count, None, 0)
             distill(student, teacher, data, length, config.distill, Budget(tokens=count * length), Path(folder) / "distill", watch)
-    result: dict[str, Any] = {
-        "tokens_per_second": watch.tokens_per_second(2),
-        "peak_memory_bytes": peak_bytes(),
-        "steps": len(watch.stamps),
-    }
     if profiler:
         profiler.stop()
         with tempfile.TemporaryDirectory() as folder:
@@ -98,8 +93,8 @@ def measure(stage: str, arguments: argparse.Namespace, profiled: bool) -> dict[s
             own = own_seconds(json.loads(trace.read_text())["traceEvents"])
         total = sum(own.values())
         ranked = sorted(own.items(), key=lambda item: -item[1])[:20]
-        result = {"share_of_time": {name: round(seconds / total, 4) for name, seconds in ranked}}
-    return result
+        return {"share_of_time": {name: round(seconds / total, 4) for name, seconds in ranked}}
+    return {"tokens_per_second": watch.tokens_per_second(2), "peak_memory_bytes": peak_bytes(), "steps": len(watch.stamps)}
 
 
 def own_seconds(events: list[dict[str, Any]]) -> dict[str, float]:
@@ -168,7 +163,7 @@ def main() -> None:
     for stage in ("blocks", "distill"):
         rate = products()  # before every stage: other work on the machine changes it
         result[stage] = {"product_flops_per_second": rate, "tokens_per_second_of_products_alone": rate / needed[stage]}
-        # A profile of all steps would be gigabytes; its last argument of a name is the one that counts.
+        # A profile of all steps would be gigabytes; the last of two --steps counts.
         for extra in ([], ["--profiled", "--steps", "3"]):
             command = [sys.executable, __file__, *sys.argv[1:], "--stage", stage, *extra]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
