@@ -28,7 +28,7 @@ def _load() -> tuple[str | None, str]:
     if wanted and wanted not in LEVELS:
         return None, f"BIMOS_ISA={wanted} is none of reference, {', '.join(LEVELS)}"
     if not LIBRARY.exists():
-        return None, "not built: they need a C++20 compiler (GCC 11, Clang 14 or newer); `pip install -v` shows what failed"
+        return None, "not built: they need a C++20 compiler (tried: GCC 12); `pip install -v` shows what failed"
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
