@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -186,23 +187,25 @@ def test_statistics_are_used_only_when_asked_for(tmp_path: Path, windows: Tensor
 def test_starts_fit_the_time(tmp_path: Path, windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     now, seen = [0.0], []
 
-    def start(*args: Any) -> None:
-        seen.append(args[7].sequences)
-        now[0] += 2.0 * args[7].sequences  # seconds
+    def start(*args: Any) -> float:
         initialise.initialise_block(*args)
+        seen.append(len(args[4][0]))
+        now[0] += 3.0 + 2.0 * len(args[4][0])  # seconds
+        return 3.0
 
     monkeypatch.setattr(blockwise, "initialise_block", start)
     monkeypatch.setattr(blockwise.time, "monotonic", lambda: now[0])
-    reconstruct(tmp_path / "few", windows, config(epochs=1), seconds=32.0)
-    assert seen == [8, 4, 4]  # 16 of the 32 seconds, then 8 each; never less than a batch
+    report = reconstruct(tmp_path / "few", windows, config(epochs=1), seconds=43.0)
+    assert seen == [8, 4, 4]  # 19 of the 43 seconds, then 12 each: 3 and 2 a sequence; whole batches
+    assert report["seconds"] == 41
+    whole = load_file(tmp_path / "few" / "block-002.safetensors")
     (tmp_path / "few" / "block-002.safetensors").unlink()
-    reconstruct(tmp_path / "few", windows, config(epochs=1), seconds=32.0)
-    assert seen == [8, 4, 4, 4]  # remembered
+    reconstruct(tmp_path / "few", windows, config(epochs=1), seconds=43.0)
+    assert seen == [8, 4, 4, 4]  # remembered, and the same ones
+    torch.testing.assert_close(load_file(tmp_path / "few" / "block-002.safetensors"), whole, rtol=0, atol=0)
     now[0], seen[:] = 0.0, []
-    plenty = config(epochs=1)
-    plenty.initialise.sequences = 100
-    reconstruct(tmp_path / "all", windows, plenty, seconds=32.0)
-    assert seen == [8, 4, 4]  # there are no more than eight
+    reconstruct(tmp_path / "none", windows, config(epochs=1), seconds=1.0)
+    assert seen == [8, 2, 2]  # never less than a batch
     now[0], seen[:] = 0.0, []
     reconstruct(tmp_path / "many", windows, config(epochs=1), seconds=100.0)
     assert seen == [8, 8, 8]

@@ -10,7 +10,6 @@ at the first one missing, after sending both streams through the blocks that are
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import time
 from pathlib import Path
@@ -57,7 +56,7 @@ def reconstruct_blocks(
     Args:
         windows: calibration tokens `[n, T]`, n a multiple of `config.blocks.batch_size`.
         seconds: time for all blocks together, or None for the epochs that the config asks for. Where they are too few for a start on as
-            many sequences as the config asks for, the blocks after the first start on fewer.
+            many sequences as the config asks for, the blocks after the first see fewer, all of them about the same number.
 
     Returns:
         The stage's report: tokens, seconds, tokens per second and block, peak memory, first and last error of every block.
@@ -74,7 +73,6 @@ def reconstruct_blocks(
     student_stream = stream.clone()
     history: list[dict[str, Any]] = []
     worked = trained_tokens = 0.0
-    most = sequences = min(config.initialise.sequences, len(windows))
     progress.begin("block reconstruction", len(blocks))
     for index, (block, call, lane_call) in enumerate(zip(blocks, calls, lane_calls, strict=True)):
         local = [name for number, name in names if int(number) == index]
@@ -83,7 +81,6 @@ def reconstruct_blocks(
         found = _finished(path)
         if found is not None:
             tensors, entry = found
-            sequences = int(entry["next_sequences"])
             replace_empty(trainable, local, method)
             load_trained(trainable, tensors)
             advance(block, call, stream, size, out=stream)
@@ -92,18 +89,21 @@ def reconstruct_blocks(
             start = time.monotonic()
             left = None if seconds is None else max(0.0, (seconds - worked) / (len(blocks) - index))
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
-            options = dataclasses.replace(config.initialise, sequences=sequences)
-            initialise_block(block, trainable, local, call, (stream, student_stream), size, method, options, generator)
-            if seconds is not None:  # the next start is to fit the time that every block has
-                each = max(0.0, seconds - worked - (time.monotonic() - start)) / max(1, len(blocks) - index - 1)
-                affordable = int(sequences * each / max(1e-9, time.monotonic() - start))
-                sequences = max(size, min(most, affordable))
+            solving = initialise_block(block, trainable, local, call, (stream, student_stream), size, method, config.initialise, generator)
             targets = advance(block, call, stream, size, out=stream)
+            training = time.monotonic()
             entry = _reconstruct(trainable, index, lanes, lane_call, student_stream, targets, config, generator, left, start, progress)
+            training = time.monotonic() - training
             advance(trainable, call, student_stream, size, out=student_stream)
-            entry |= {"seconds": time.monotonic() - start, "next_sequences": float(sequences)}
+            entry["seconds"] = time.monotonic() - start
+            entry["next_sequences"] = float(len(stream))
+            if seconds is not None and index + 1 < len(blocks):
+                each = (seconds - worked - entry["seconds"]) / (len(blocks) - index - 1)
+                entry["next_sequences"] = float(_affordable(each, solving, entry["seconds"] - training - solving, len(stream), size))
             trained = {name: tensor for name, tensor in trainable.state_dict().items() if _is_trained(trainable, name)}
             save_tensors(trained, path, {key: repr(value) for key, value in entry.items()})
+        kept = int(entry["next_sequences"])
+        stream, student_stream = stream[:kept], student_stream[:kept]
         worked += entry["seconds"]
         trained_tokens += entry["tokens"]
         history.append({"block": index, **entry})
@@ -129,6 +129,17 @@ def _finished(path: Path) -> tuple[dict[str, Tensor], dict[str, float]] | None:
         return tensors, {key: float(metadata[key]) for key in ("loss_first", "loss_last", "seconds", "tokens", "next_sequences")}
     except (SafetensorError, KeyError, ValueError):
         return None  # damaged: the block is done again
+
+
+def _affordable(seconds: float, solving: float, reading: float, count: int, size: int) -> int:
+    """How many sequences a block can see in `seconds`, in whole batches: at least one, at most `count`.
+
+    Args:
+        solving: seconds of what takes as long for any number of sequences.
+        reading: seconds of the rest for `count` sequences.
+    """
+    affordable = int(count * (seconds - solving) / max(1e-9, reading))
+    return max(size, min(count, affordable - affordable % size))
 
 
 def _is_trained(block: nn.Module, name: str) -> bool:

@@ -9,6 +9,7 @@ error that the stream carries by then. The method then binarizes that weight, kn
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -42,23 +43,30 @@ def initialise_block(
     method: MethodConfig,
     config: InitialiseConfig,
     generator: torch.Generator,
-) -> None:
+) -> float:
     """Replace the linears `names` of the block `student`, a copy of `teacher`, by trainable layers.
 
     Args:
         streams: what enters the block in the teacher and in the student, `[n, T, d]` each.
         size: rows of a batch.
+
+    Returns:
+        Seconds of the work that takes as long for any number of sequences: all but sending them through the block.
     """
+    start = time.monotonic()
     if not config.activation_aware:
         binarize(student, names, method, {}, generator)
-        return
+        return time.monotonic() - start
+    reading = 0.0
     rows = max(size, config.sequences - config.sequences % size)
     short = (streams[0][:rows], streams[1][:rows])
     groups = execution_groups(teacher, names, call, short[0][:size])
     writers: list[str] = []
     for group in groups:
         measured = _Measurement(teacher, student, group, list(writers), call)
+        before = time.monotonic()
         measured.run(*short, size, answers=config.refit)
+        reading += time.monotonic() - before
         if config.refit:
             for name in group.names:
                 measured.refit(name)
@@ -68,6 +76,7 @@ def initialise_block(
             writers += group.names
     unseen = [name for name in names if not any(name in group.names for group in groups)]
     binarize(student, unseen, method, {}, generator)
+    return time.monotonic() - start - reading
 
 
 def execution_groups(block: nn.Module, names: list[str], call: BlockCall, hidden: Tensor) -> list[Group]:
