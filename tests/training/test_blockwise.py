@@ -205,7 +205,7 @@ def test_starts_fit_the_time(tmp_path: Path, windows: Tensor, monkeypatch: pytes
     torch.testing.assert_close(load_file(tmp_path / "few" / "block-002.safetensors"), whole, rtol=0, atol=0)
     now[0], seen[:] = 0.0, []
     reconstruct(tmp_path / "none", windows, config(epochs=1), seconds=1.0)
-    assert seen == [8, 2, 2]  # never less than a batch
+    assert seen == [8, 4, 4]  # never less than a batch
     now[0], seen[:] = 0.0, []
     reconstruct(tmp_path / "many", windows, config(epochs=1), seconds=100.0)
     assert seen == [8, 8, 8]
