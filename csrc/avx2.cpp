@@ -95,8 +95,10 @@ TARGET void build(const float* x, const Plane& plane, uint8_t* tables, float* sc
     float largest[8];
     _mm256_storeu_ps(largest, most);
     const float bound = *std::max_element(largest, largest + 8) + sum_of(strange);
-    *scales++ = bound / kLargest;
-    const float inverse = bound > 0 ? kLargest / bound : 0;
+    // Sums of 8 bits are high bytes alone.
+    *scales++ = bound / (plane.int8 ? 127 * 256.0F : kLargest);
+    const float inverse = bound > 0 ? (plane.int8 ? 127 : kLargest) / bound : 0;
+    const __m128i shift = _mm_cvtsi32_si128(plane.int8 ? 8 : 0);
     for (int64_t j = start; j < end; j += 4, tables += 32) {
       const __m256 low_two = _mm256_setr_ps(-x[j] - x[j + 1], x[j] - x[j + 1], x[j + 1] - x[j], x[j] + x[j + 1],  //
                                             -x[j] - x[j + 1], x[j] - x[j + 1], x[j + 1] - x[j], x[j] + x[j + 1]);
@@ -105,7 +107,7 @@ TARGET void build(const float* x, const Plane& plane, uint8_t* tables, float* sc
       const __m256i without = _mm256_cvtps_epi32(_mm256_mul_ps(factor, _mm256_sub_ps(sum, last)));
       const __m256i with = _mm256_cvtps_epi32(_mm256_mul_ps(factor, _mm256_add_ps(sum, last)));
       // Two times eight 32-bit sums to sixteen of 16 bits, in order.
-      const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32(without, with), 0xd8);
+      const __m256i both = _mm256_sll_epi16(_mm256_permute4x64_epi64(_mm256_packs_epi32(without, with), 0xd8), shift);
       const __m256i positive = _mm256_xor_si256(both, _mm256_set1_epi16(static_cast<int16_t>(kOffset)));
       const __m256i high = _mm256_srli_epi16(positive, 8), low = _mm256_and_si256(positive, _mm256_set1_epi16(255));
       const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(high, low), 0xd8);
@@ -133,6 +135,7 @@ TARGET inline void widen(__m256i high, __m256i low, __m256 offset, __m256* rows)
   }
 }
 
+template <bool kInt8>
 TARGET void row_tile(const Plane& plane, const uint8_t* data, const uint8_t* table, const float* scales, float* y) {
   const __m256i nibble = _mm256_set1_epi8(0x0f);
   __m256 total[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
@@ -149,8 +152,9 @@ TARGET void row_tile(const Plane& plane, const uint8_t* data, const uint8_t* tab
         const __m256i first = _mm256_and_si256(bits, nibble), second = _mm256_and_si256(_mm256_srli_epi16(bits, 4), nibble);
         const auto* lanes = reinterpret_cast<const __m128i*>(table);
         add(high, _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(lanes)), first));
-        add(low, _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(lanes + 1)), first));
         add(high, _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(lanes + 2)), second));
+        if (kInt8) continue;
+        add(low, _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(lanes + 1)), first));
         add(low, _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(lanes + 3)), second));
       }
       const __m256i high_even = _mm256_sub_epi16(high.all, _mm256_slli_epi16(high.upper, 8));
@@ -171,7 +175,7 @@ void product(const Plane& plane, int64_t first, int64_t last, const uint8_t* con
              float* y, int64_t stride) {
   const int64_t bytes = tile_bytes(Layout::rows32, plane);
   for (int64_t tile = first; tile < last; ++tile)
-    for (int t = 0; t < tokens; ++t) row_tile(plane, plane.data + tile * bytes, tables[t], scales[t], y + t * stride + tile * 32);
+    for (int t = 0; t < tokens; ++t) (plane.int8 ? row_tile<true> : row_tile<false>)(plane, plane.data + tile * bytes, tables[t], scales[t], y + t * stride + tile * 32);
 }
 
 TARGET void int8_rows(const int8_t* weight, int64_t rows, int64_t n, const uint8_t* const* prepared, int tokens, float* const* y) {

@@ -3,7 +3,7 @@
 // Sixteen signed sums of four inputs make a table; four tables (16 inputs) lie side by side in a register, their high bytes in one
 // and their low bytes in another. One index register (a nibble in every byte, plus the number of its table) then looks up 16 rows x 16
 // inputs in either, and a dot product with ones adds four bytes to a row's 32-bit sum. Exact but for the rounding of table entries to
-// 1/32512 of the largest in their block.
+// 1/32512 of the largest in their block. Sums of 8 bits have no low bytes: half the work.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -17,7 +17,8 @@ namespace bimos {
 namespace {
 
 constexpr float kLargest = 32512;  // 127 * 256: the high byte stays signed
-constexpr int64_t kStepTables = 256;  // bytes of the tables of 32 inputs
+constexpr float kLargestInt8 = 127;
+constexpr int64_t kStepTables = 256;  // bytes of the tables of 32 inputs; half of that where sums have 8 bits
 
 TARGET inline __mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xffff : static_cast<__mmask16>((1U << n) - 1); }
 
@@ -93,17 +94,35 @@ TARGET void mix(const float* x, const float* gate, const uint16_t* rows, int64_t
 
 size_t table_bytes(int64_t in) { return static_cast<size_t>(ceil_div(in, 32) * kStepTables); }
 
-// The sums of four inputs under all signs; lane i has input b positive where bit b of i is set.
-TARGET inline __m512 table_of(const float* x) {
+// `factor` with the sign that bit `bit` of the lane's number asks for.
+TARGET inline __m512 signed_factor(int bit, float factor) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  __m512 sum = _mm512_setzero_ps();
-  for (int bit = 0; bit < 4; ++bit) {
-    const __mmask16 positive = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(1 << bit));
-    const __m512 value = _mm512_set1_ps(x[bit]);
-    sum = _mm512_mask_add_ps(_mm512_mask_sub_ps(sum, static_cast<__mmask16>(~positive), sum, value), positive, sum, value);
-  }
-  return sum;
+  return _mm512_mask_mov_ps(_mm512_set1_ps(-factor), _mm512_test_epi32_mask(lane, _mm512_set1_epi32(1 << bit)), _mm512_set1_ps(factor));
 }
+
+// The sums of four inputs under all signs, times the factor; lane i has input b positive where bit b of i is set.
+TARGET inline __m512i table_of(const float* x, const __m512* factors) {
+  __m512 sum = _mm512_mul_ps(_mm512_set1_ps(x[0]), factors[0]);
+  for (int bit = 1; bit < 4; ++bit) sum = _mm512_fmadd_ps(_mm512_set1_ps(x[bit]), factors[bit], sum);
+  return _mm512_cvtps_epi32(sum);
+}
+
+// Where the low bytes of four tables lie, in order, when two and two are packed to 16 bits: byte i of a table is in its lane i / 4.
+struct Places {
+  alignas(64) uint8_t low[64], high[64];
+};
+
+constexpr Places kPlaces = [] {
+  Places places{};
+  for (int table = 0; table < 4; ++table) {
+    for (int i = 0; i < 16; ++i) {
+      const int at = table / 2 * 64 + i / 4 * 16 + table % 2 * 8 + i % 4 * 2;
+      places.low[16 * table + i] = static_cast<uint8_t>(at);
+      places.high[16 * table + i] = static_cast<uint8_t>(at + 1);
+    }
+  }
+  return places;
+}();
 
 TARGET inline float largest_sum(const float* x, int64_t n) {  // of |x| over four inputs; NaN where any input is not finite
   __m512 most = _mm512_setzero_ps(), strange = _mm512_setzero_ps();
@@ -118,25 +137,32 @@ TARGET inline float largest_sum(const float* x, int64_t n) {  // of |x| over fou
 }
 
 TARGET void build(const float* x, const Plane& plane, uint8_t* tables, float* scales) {
+  const __m512i low = _mm512_load_si512(kPlaces.low), high = _mm512_load_si512(kPlaces.high);
+  const float top = plane.int8 ? kLargestInt8 : kLargest;
   for (int64_t start = 0; start < plane.in; start += plane.block) {
     const int64_t end = std::min(plane.in, start + plane.block);
     const float most = largest_sum(x + start, end - start);
-    *scales++ = most / kLargest;
-    const __m512 inverse = _mm512_set1_ps(most > 0 ? kLargest / most : 0.0F);
+    *scales++ = most / top;
+    const float factor = most > 0 ? top / most : 0.0F;
+    const __m512 factors[4] = {signed_factor(0, factor), signed_factor(1, factor), signed_factor(2, factor), signed_factor(3, factor)};
     for (int64_t j = start; j < end; j += 32) {
-      for (int half = 0; half < 2; ++half, tables += 128) {
-        for (int table = 0; table < 4; ++table) {
-          const __m512i sum = _mm512_cvtps_epi32(_mm512_mul_ps(inverse, table_of(x + j + 16 * half + 4 * table)));
-          _mm_storeu_si128(reinterpret_cast<__m128i*>(tables + 16 * table), _mm512_cvtepi32_epi8(_mm512_srai_epi32(sum, 8)));
-          _mm_storeu_si128(reinterpret_cast<__m128i*>(tables + 64 + 16 * table), _mm512_cvtepi32_epi8(sum));
+      for (int half = 0; half < 2; ++half) {
+        const float* inputs = x + j + 16 * half;
+        const __m512i first = _mm512_packs_epi32(table_of(inputs, factors), table_of(inputs + 4, factors));
+        const __m512i second = _mm512_packs_epi32(table_of(inputs + 8, factors), table_of(inputs + 12, factors));
+        if (!plane.int8) {
+          _mm512_storeu_si512(tables, _mm512_permutex2var_epi8(first, high, second));
+          tables += 64;
         }
+        _mm512_storeu_si512(tables, _mm512_permutex2var_epi8(first, low, second));
+        tables += 64;
       }
     }
   }
 }
 
 // kSixteens times 16 rows of one row tile, inputs of blocks [first, last); adds to `y` unless it is the first panel.
-template <int kCount, int kSixteens>
+template <int kCount, int kSixteens, bool kInt8>
 TARGET inline void strip(const Plane& plane, const uint8_t* data, int64_t first, int64_t last, const uint8_t* const* tables,
                          const float* const* scales, float* y, int64_t stride, int sixteen) {
   const __m512i number = _mm512_set1_epi32(0x30201000), nibble = _mm512_set1_epi8(0x0f), ones = _mm512_set1_epi8(1);
@@ -150,7 +176,8 @@ TARGET inline void strip(const Plane& plane, const uint8_t* data, int64_t first,
     __m512i high[kCount][kSixteens], low[kCount][kSixteens];
     for (int t = 0; t < kCount; ++t)
       for (int m = 0; m < kSixteens; ++m) high[t][m] = low[t][m] = _mm512_setzero_si512();
-    const int64_t offset = block * whole * kStepTables;
+    constexpr int64_t kBytes = kInt8 ? kStepTables / 2 : kStepTables, kOdd = kBytes / 2;
+    const int64_t offset = block * whole * kBytes;
     for (int64_t step = 0; step < steps; ++step, data += 256) {
       _mm_prefetch(reinterpret_cast<const char*>(data + 4096), _MM_HINT_T0);
       if (kSixteens > 1) _mm_prefetch(reinterpret_cast<const char*>(data + 4096 + 64), _MM_HINT_T0);
@@ -163,10 +190,11 @@ TARGET inline void strip(const Plane& plane, const uint8_t* data, int64_t first,
         const __m512i even = _mm512_ternarylogic_epi32(bits, nibble, number, 0xea);  // bits & nibble | number
         const __m512i odd = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bits, 4), nibble, number, 0xea);
         for (int t = 0; t < kCount; ++t) {
-          const uint8_t* table = tables[t] + offset + step * kStepTables;
+          const uint8_t* table = tables[t] + offset + step * kBytes;
           high[t][m] = _mm512_dpbusd_epi32(high[t][m], ones, _mm512_permutexvar_epi8(even, _mm512_loadu_si512(table)));
+          high[t][m] = _mm512_dpbusd_epi32(high[t][m], ones, _mm512_permutexvar_epi8(odd, _mm512_loadu_si512(table + kOdd)));
+          if (kInt8) continue;
           low[t][m] = _mm512_dpbusd_epi32(low[t][m], _mm512_permutexvar_epi8(even, _mm512_loadu_si512(table + 64)), ones);
-          high[t][m] = _mm512_dpbusd_epi32(high[t][m], ones, _mm512_permutexvar_epi8(odd, _mm512_loadu_si512(table + 128)));
           low[t][m] = _mm512_dpbusd_epi32(low[t][m], _mm512_permutexvar_epi8(odd, _mm512_loadu_si512(table + 192)), ones);
         }
       }
@@ -175,7 +203,8 @@ TARGET inline void strip(const Plane& plane, const uint8_t* data, int64_t first,
       const __m512 group = plane.grouped ? load_half(reinterpret_cast<const uint16_t*>(data) + 16 * (sixteen + m), 0xffff)
                                          : _mm512_set1_ps(1.0F);
       for (int t = 0; t < kCount; ++t) {
-        const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[t][m], 8), low[t][m]));
+        const __m512i whole_sum = kInt8 ? high[t][m] : _mm512_add_epi32(_mm512_slli_epi32(high[t][m], 8), low[t][m]);
+        const __m512 sum = _mm512_cvtepi32_ps(whole_sum);
         total[t][m] = _mm512_fmadd_ps(_mm512_mul_ps(sum, group), _mm512_set1_ps(scales[t][block]), total[t][m]);
       }
     }
@@ -185,31 +214,37 @@ TARGET inline void strip(const Plane& plane, const uint8_t* data, int64_t first,
     for (int m = 0; m < kSixteens; ++m) _mm512_storeu_ps(y + t * stride + 16 * (sixteen + m), total[t][m]);
 }
 
-template <int kCount, int kSixteens>
+template <int kCount, int kSixteens, bool kInt8>
 TARGET void tiles(const Plane& plane, int64_t first, int64_t last, const uint8_t* const* tables, const float* const* scales, float* y,
                   int64_t stride) {
   const int64_t blocks = ceil_div(plane.in, plane.block), bytes = tile_bytes(Layout::rows64, plane);
   const int64_t block_bytes = ceil_div(plane.block, 32) * 256 + (plane.grouped ? 128 : 0);
   // Several tokens' tables are read again for every row: as many blocks at a time as the first cache holds. One token's rows stream by.
-  const int64_t panel = kCount == 1 ? blocks : std::max<int64_t>(1, 3072 / kCount / plane.block);
+  const int64_t panel = kCount == 1 ? blocks : std::max<int64_t>(1, (kInt8 ? 6144 : 3072) / kCount / plane.block);
   for (int64_t block = 0; block < blocks; block += panel) {
     const int64_t end = std::min(blocks, block + panel);
     for (int64_t tile = first; tile < last; ++tile) {
       const uint8_t* data = plane.data + tile * bytes + block * block_bytes;
       for (int sixteen = 0; sixteen < 4; sixteen += kSixteens)
-        strip<kCount, kSixteens>(plane, data, block, end, tables, scales, y + tile * 64, stride, sixteen);
+        strip<kCount, kSixteens, kInt8>(plane, data, block, end, tables, scales, y + tile * 64, stride, sixteen);
     }
   }
 }
 
-TARGET void product(const Plane& plane, int64_t first, int64_t last, const uint8_t* const* tables, const float* const* scales, int tokens,
-                    float* y, int64_t stride) {
+template <bool kInt8>
+void product_of(const Plane& plane, int64_t first, int64_t last, const uint8_t* const* tables, const float* const* scales, int tokens,
+                float* y, int64_t stride) {
   switch (tokens) {
-    case 1: return tiles<1, 4>(plane, first, last, tables, scales, y, stride);
-    case 2: return tiles<2, 4>(plane, first, last, tables, scales, y, stride);
-    case 3: return tiles<3, 2>(plane, first, last, tables, scales, y, stride);
-    default: return tiles<4, 2>(plane, first, last, tables, scales, y, stride);
+    case 1: return tiles<1, 4, kInt8>(plane, first, last, tables, scales, y, stride);
+    case 2: return tiles<2, 4, kInt8>(plane, first, last, tables, scales, y, stride);
+    case 3: return tiles<3, kInt8 ? 4 : 2, kInt8>(plane, first, last, tables, scales, y, stride);
+    default: return tiles<4, kInt8 ? 4 : 2, kInt8>(plane, first, last, tables, scales, y, stride);
   }
+}
+
+void product(const Plane& plane, int64_t first, int64_t last, const uint8_t* const* tables, const float* const* scales, int tokens, float* y,
+             int64_t stride) {
+  (plane.int8 ? product_of<true> : product_of<false>)(plane, first, last, tables, scales, tokens, y, stride);
 }
 
 // What vpdpbusd multiplies int8 weights with: 16 bits a value, as a signed high and an unsigned low byte.

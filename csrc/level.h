@@ -19,6 +19,7 @@ struct Plane {
   int64_t in;       // inputs, a multiple of 8
   int64_t block;    // inputs that share a scale of the tables, and a scale of the row where `grouped`
   bool grouped;     // whether every block of a row tile is followed by its rows' float16 scales
+  bool int8;        // whether sums of four inputs are rounded to 8 bits, 127 being the largest of their block; else to 16
 };
 
 struct Level {

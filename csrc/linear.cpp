@@ -140,7 +140,7 @@ void rows_of_linear(const Level& level, const Linear& linear, const float* x, in
     }
   }
   for (int64_t p = 0; p < linear.planes; ++p) {
-    Plane plane{nullptr, in, linear.block, linear.grouped};
+    Plane plane{nullptr, in, linear.block, linear.grouped, linear.int8};
     plane.data = linear.tiles + p * tiles * tile_bytes(level.layout, plane);
     for (int t = 0; t < count; ++t) {
       const float* input = x + t * x_stride;

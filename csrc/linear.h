@@ -15,6 +15,7 @@ struct Linear {
   int64_t in, out, planes, experts;
   int64_t block;             // inputs of a group, or kBlock
   bool grouped;
+  bool int8;                 // sums of four inputs in 8 bits
   const uint8_t* tiles;      // [planes, tile_count, tile_bytes]
   const uint16_t* scale_in;  // float16 [planes, experts, in] or null
   const uint16_t* scale_out; // float16 [planes, experts, out] or null

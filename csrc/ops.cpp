@@ -54,7 +54,7 @@ Tensor tile(const Tensor& weight, const Optional& scale_group) {
   }
   const Level* used = level_for(in, block);
   if (used == nullptr) return torch::stable::new_empty(weight, std::array<int64_t, 3>{0, 0, 0});
-  const Plane plane{nullptr, in, block, groups.has_value()};
+  const Plane plane{nullptr, in, block, groups.has_value(), false};
   const int64_t tiles = tile_count(used->layout, out), bytes = tile_bytes(used->layout, plane);
   Tensor result = torch::stable::new_empty(weight, std::array<int64_t, 3>{planes, tiles, bytes});
   for (int64_t p = 0; p < planes; ++p) {
@@ -102,7 +102,7 @@ const uint16_t* halves(const Optional& tensor, std::vector<Tensor>& held) {
 }
 
 Tensor packed_linear(const Tensor& x, const Tensor& weight, const Optional& scale_in, const Optional& scale_out, const Optional& router,
-                     const Optional& scale_group, const Optional& bias, const Optional& tiles) {
+                     const Optional& scale_group, const Optional& bias, const Optional& tiles, bool int8) {
   STD_TORCH_CHECK(weight.dim() == 3 && weight.scalar_type() == ScalarType::Byte, "weight must be uint8 [planes, out, in/8]");
   const int64_t planes = weight.size(0), out = weight.size(1), in = 8 * weight.size(2), block = block_of(weight, scale_group);
   STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == in, "x has ", x.dim() > 0 ? x.size(x.dim() - 1) : 0, " features, the planes ", in);
@@ -121,13 +121,13 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, const Optional& scal
   if (!dtype || !bias_dtype || !halves_only || used == nullptr || x.numel() == 0) {
     return reference(x, weight, scale_in, scale_out, router, scale_group, bias);
   }
-  const Plane plane{nullptr, in, block, scale_group.has_value()};
+  const Plane plane{nullptr, in, block, scale_group.has_value(), int8};
   std::vector<Tensor> held;
   held.reserve(6);
   const bool made = tiles && tiles->dim() == 3 && tiles->size(0) == planes && tiles->size(1) == tile_count(used->layout, out) &&
                     tiles->size(2) == tile_bytes(used->layout, plane);
   held.push_back(made ? torch::stable::contiguous(*tiles) : tile(weight, scale_group));
-  Linear linear{in, out, planes, experts, block, scale_group.has_value(), nullptr, nullptr, nullptr, nullptr, nullptr, Dtype::float32};
+  Linear linear{in, out, planes, experts, block, scale_group.has_value(), int8, nullptr, nullptr, nullptr, nullptr, nullptr, Dtype::float32};
   linear.tiles = static_cast<const uint8_t*>(held.back().const_data_ptr());
   linear.scale_in = halves(scale_in, held);
   linear.scale_out = halves(scale_out, held);

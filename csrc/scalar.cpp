@@ -3,6 +3,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "tiles.h"
@@ -52,17 +53,20 @@ size_t table_bytes(int64_t in) { return static_cast<size_t>(ceil_div(in, 32) * 3
 
 void build(const float* x, const Plane& plane, uint8_t* tables, float* scales) {
   auto* table = reinterpret_cast<float*>(tables);
-  for (int64_t j = 0; j < plane.in; j += 4, table += 16) {
-    for (int index = 0; index < 16; ++index) {
-      float sum = 0;
-      for (int bit = 0; bit < 4; ++bit) sum += (index >> bit & 1) != 0 ? x[j + bit] : -x[j + bit];
-      table[index] = sum;
-    }
-  }
   for (int64_t start = 0; start < plane.in; start += plane.block) {
-    float strange = 0;  // NaN where any input of the block is not finite
-    for (int64_t j = start; j < std::min(plane.in, start + plane.block); ++j) strange += x[j] - x[j];
-    *scales++ = 1 + strange;
+    const int64_t end = std::min(plane.in, start + plane.block);
+    float strange = 0, most = 0;  // `strange` is NaN where any input of the block is not finite
+    for (int64_t j = start; j < end; ++j) strange += x[j] - x[j];
+    for (int64_t j = start; j < end; j += 4) most = std::max(most, std::fabs(x[j]) + std::fabs(x[j + 1]) + std::fabs(x[j + 2]) + std::fabs(x[j + 3]));
+    const float step = plane.int8 ? most / 127 : 1, inverse = most > 0 ? 127 / most : 0;
+    *scales++ = step + strange;
+    for (int64_t j = start; j < end; j += 4, table += 16) {
+      for (int index = 0; index < 16; ++index) {
+        float sum = 0;
+        for (int bit = 0; bit < 4; ++bit) sum += (index >> bit & 1) != 0 ? x[j + bit] : -x[j + bit];
+        table[index] = plane.int8 ? std::nearbyint(sum * inverse) : sum;
+      }
+    }
   }
 }
 

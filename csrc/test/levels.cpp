@@ -20,7 +20,7 @@ double error_of(const bimos::Level& level, int64_t in, int64_t out, int64_t toke
   for (auto& byte : bits) byte = static_cast<uint8_t>(random());
   std::vector<float> x(static_cast<size_t>(tokens * in)), y(static_cast<size_t>(tokens * out));
   for (auto& value : x) value = normal(random);
-  const bimos::Plane plane{nullptr, in, bimos::kBlock, false};
+  const bimos::Plane plane{nullptr, in, bimos::kBlock, false, false};
   std::vector<uint8_t> tiles(static_cast<size_t>(bimos::tile_count(level.layout, out) * bimos::tile_bytes(level.layout, plane)));
   bimos::make_tiles(level.layout, bits.data(), nullptr, out, in, bimos::kBlock, tiles.data());
   bimos::Linear linear{};

@@ -64,6 +64,23 @@ def exact(x: Tensor, tensors: dict[str, Any]) -> Tensor:
     return y if doubles["bias"] is None else y + doubles["bias"]
 
 
+def with_int8_sums(x: Tensor, tensors: dict[str, Any], group: int | None) -> Tensor:
+    """What `int8` allows, one plane, static scales: the sums of four inputs in steps of a 127th of the largest of their block."""
+    scaled = (x * tensors["scale_in"][0, 0].float()).double()
+    block = group or 256
+    y = torch.zeros(len(x), tensors["weight"].shape[1], dtype=torch.float64)
+    signs = reference.unpack_signs(tensors["weight"][0], torch.float64)
+    for start in range(0, x.shape[1], block):
+        fours = scaled[:, start : start + block].unflatten(1, (-1, 4))
+        step = fours.abs().sum(-1).amax(-1) / 127  # [tokens]
+        sums = torch.einsum("tgf,ogf->tog", fours, signs[:, start : start + block].unflatten(1, (-1, 4)))
+        part = torch.round(sums / step[:, None, None]).sum(-1) * step[:, None]
+        if group:
+            part = part * tensors["scale_group"][0, :, start // group].double()
+        y += part
+    return y * tensors["scale_out"][0, 0].double()
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
@@ -117,6 +134,33 @@ def test_wide_layers_in_parts_by_rows_and_by_tokens(level: str) -> None:
         assert relative_error(y, exact(x, tensors)) < 1e-4
         for token in range(tokens):  # what stands beside a token does not change it
             torch.testing.assert_close(packed_linear(x[token], **tensors, tiles=tiles), y[token], rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize(("n_in", "group"), [(600, None), (72, None), (320, 32), (192, 96)])
+def test_int8_sums(level: str, n_in: int, group: int | None) -> None:
+    native.use_isa(level)
+    torch.manual_seed(n_in)
+    tensors = make(1, 1, n_in, 130, group, True, False)
+    for tokens in (1, 2, 3, 4, 19):
+        x = torch.randn(tokens, n_in)
+        y = packed_linear(x, **tensors, int8=True)
+        # Sums that lie half way between two steps fall to either side: a few of tens of thousands.
+        assert relative_error(y, with_int8_sums(x, tensors, group)) < 3e-4
+        assert 1e-3 < relative_error(y, exact(x, tensors)) < 2e-2
+
+
+@pytest.mark.parametrize("level", HERE)
+def test_int8_sums_of_mixed_experts_and_several_planes(level: str) -> None:
+    native.use_isa(level)
+    torch.manual_seed(0)
+    tensors = make(2, 4, 584, 70, None, True, True)
+    for tokens in (1, 5, 40):
+        x = torch.randn(tokens, 584)
+        assert relative_error(packed_linear(x, **tensors, int8=True), exact(x, tensors)) < 2e-2
+    x[2, 5] = float("nan")
+    y = packed_linear(x, **tensors, int8=True)
+    assert y[2].isnan().all() and y[:2].isfinite().all()
 
 
 @pytest.mark.parametrize("level", HERE)
@@ -219,7 +263,8 @@ def test_the_environment_chooses(wanted: str) -> None:
 def test_opcheck_and_compile() -> None:
     tensors = make(2, 3, 64, 20, 32, True, True)
     x, tiles = torch.randn(3, 64), native.tile(tensors["weight"], tensors["scale_group"])
-    torch.library.opcheck(torch.ops.bimos.packed_linear.default, (x, *tensors.values(), tiles))
+    for int8 in (False, True):
+        torch.library.opcheck(torch.ops.bimos.packed_linear.default, (x, *tensors.values(), tiles, int8))
     layer = PackedLinear.from_tensors({name: t for name, t in tensors.items() if t is not None})
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), layer(x))

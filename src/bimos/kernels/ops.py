@@ -19,7 +19,7 @@ FEW_TOKENS = 16
 torch.library.define(
     "bimos::packed_linear",
     "(Tensor x, Tensor weight, Tensor? scale_in, Tensor? scale_out, Tensor? router, Tensor? scale_group, Tensor? bias, "
-    "Tensor? tiles=None) -> Tensor",
+    "Tensor? tiles=None, bool int8=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # What a faster kernel calls for what it does not cover itself.
@@ -40,6 +40,7 @@ def _(
     scale_group: Tensor | None,
     bias: Tensor | None,
     tiles: Tensor | None = None,
+    int8: bool = False,
 ) -> Tensor:
     planes, out_features, in_bytes = weight.shape
     torch._check(weight.dtype == torch.uint8, lambda: f"weight must be uint8, got {weight.dtype}")
@@ -71,7 +72,7 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
 
 
 torch.library.impl("bimos::packed_linear", "CompositeExplicitAutograd")(
-    lambda x, weight, scale_in, scale_out, router, scale_group, bias, tiles=None: reference.packed_linear(
+    lambda x, weight, scale_in, scale_out, router, scale_group, bias, tiles=None, int8=False: reference.packed_linear(
         x, weight, scale_in, scale_out, router, scale_group, bias
     )
 )
@@ -89,14 +90,18 @@ def packed_linear(
     scale_group: Tensor | None = None,
     bias: Tensor | None = None,
     tiles: Tensor | None = None,
+    int8: bool = False,
 ) -> Tensor:
     """The product of `x [..., in]` with packed planes; see `bimos.kernels.reference.packed_linear`.
 
-    `tiles` is what `bimos.kernels.native.tile` made of the same planes; without it a kernel that wants them makes them every time.
+    Args:
+        tiles: what `bimos.kernels.native.tile` made of the same planes; without it a kernel that wants them makes them every time.
+        int8: allow a kernel to be faster and less exact: sums of four scaled inputs, under all signs, are rounded to 8 bits, 127 being
+            the largest `|x_1| + .. + |x_4|` of its 256 inputs (or of its group). The reference stays exact.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         return reference.packed_linear(x, weight, scale_in, scale_out, router, scale_group, bias)
-    return torch.ops.bimos.packed_linear(x, weight, scale_in, scale_out, router, scale_group, bias, tiles)
+    return torch.ops.bimos.packed_linear(x, weight, scale_in, scale_out, router, scale_group, bias, tiles, int8)
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -30,6 +30,7 @@ class PackedLinear(nn.Module):
         router: `[e, in]`, or None where e = 1.
         scale_group: `[planes, out, in/g]` or None.
         bias: `[out]` or None.
+        int8: whether kernels may round sums of four inputs to 8 bits (`bimos.kernels.packed_linear`); not stored.
     """
 
     NAMES = ("weight", "scale_in", "scale_out", "router", "scale_group", "bias")
@@ -50,6 +51,7 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, None if tensor is None else tensor.detach().contiguous())
         self.out_features = self.weight.shape[1]
         self.in_features = 8 * self.weight.shape[2]
+        self.int8 = False
         self._tiles: tuple[Any, Tensor | None] = (None, None)  # what they were made of, and the tiles
 
     @classmethod
@@ -64,7 +66,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tiles = None if torch.compiler.is_compiling() else self.tiles()
-        return packed_linear(x, self.weight, self.scale_in, self.scale_out, self.router, self.scale_group, self.bias, tiles)
+        return packed_linear(x, self.weight, self.scale_in, self.scale_out, self.router, self.scale_group, self.bias, tiles, self.int8)
 
     def tiles(self) -> Tensor | None:
         """The planes in the order in which this CPU's kernels read them, made at the first call; None where nothing reads them so.
