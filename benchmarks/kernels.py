@@ -61,8 +61,10 @@ def in_turns(functions: dict[str, Callable[[], Any]], seconds: float = 0.6, warm
 def hot(n_in: int, n_out: int, tokens: int) -> dict[str, float]:
     packed, dense = layer(n_in, n_out), torch.randn(n_out, n_in, dtype=torch.bfloat16)
     x = torch.randn(tokens, n_in, dtype=torch.bfloat16)
-    times = in_turns({"packed_us": lambda: packed(x), "bfloat16_us": lambda: F.linear(x, dense)})
-    return times | {"speedup": times["bfloat16_us"] / times["packed_us"]}
+    rounded = layer(n_in, n_out)
+    rounded.int8 = True
+    times = in_turns({"packed_us": lambda: packed(x), "int8_us": lambda: rounded(x), "bfloat16_us": lambda: F.linear(x, dense)})
+    return times | {name: times["bfloat16_us"] / times[f"{kind}_us"] for name, kind in (("speedup", "packed"), ("int8_speedup", "int8"))}
 
 
 @torch.inference_mode()
@@ -101,7 +103,8 @@ def main() -> None:
         for tokens in TOKENS:
             row = result["hot"][name][tokens] = hot(n_in, n_out, tokens)
             print(
-                f"{name:>11} {tokens:>4} tokens: {row['packed_us']:9.1f} us, bfloat16 {row['bfloat16_us']:9.1f}: {row['speedup']:.1f}x",
+                f"{name:>11} {tokens:>4} tokens: bf16 {row['bfloat16_us']:9.1f} us, exact {row['packed_us']:9.1f}: {row['speedup']:.1f}x, "
+                f"int8 {row['int8_us']:9.1f}: {row['int8_speedup']:.1f}x",
                 flush=True,
             )
     for n_in, n_out in SHAPES[-2:]:

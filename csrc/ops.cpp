@@ -1,4 +1,7 @@
 // The ops of bimos/kernels/ops.py on a CPU, through LibTorch's stable ABI: checks, pointers, threads. The work is in linear.cpp.
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -43,6 +46,15 @@ const Level* level_for(int64_t in, int64_t block) {
   return nullptr;
 }
 
+// Before it is first written to. Rows that come from memory are read whole: small pages would have to be looked up one by one.
+void ask_for_large_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  const auto begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage, end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 Tensor tile(const Tensor& weight, const Optional& scale_group) {
   STD_TORCH_CHECK(weight.dim() == 3 && weight.scalar_type() == ScalarType::Byte, "weight must be uint8 [planes, out, in/8]");
   const Tensor bits = torch::stable::contiguous(weight);
@@ -57,6 +69,7 @@ Tensor tile(const Tensor& weight, const Optional& scale_group) {
   const Plane plane{nullptr, in, block, groups.has_value(), false};
   const int64_t tiles = tile_count(used->layout, out), bytes = tile_bytes(used->layout, plane);
   Tensor result = torch::stable::new_empty(weight, std::array<int64_t, 3>{planes, tiles, bytes});
+  ask_for_large_pages(result.mutable_data_ptr(), static_cast<size_t>(planes * tiles * bytes));
   for (int64_t p = 0; p < planes; ++p) {
     const auto* scales = groups ? static_cast<const uint16_t*>(groups->const_data_ptr()) + p * out * (in / block) : nullptr;
     make_tiles(used->layout, static_cast<const uint8_t*>(bits.const_data_ptr()) + p * out * (in / 8), scales, out, in, block,

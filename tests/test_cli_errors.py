@@ -184,11 +184,14 @@ def test_no_data(teacher_directory: Path, tmp_path: Path) -> None:
         (["--ppl", "wikitext9"], ["wikitext9", "wikitext2"]),
         (["--ppl", "missing.txt"], ["missing.txt"]),
         (["--limit", "5"], ["--tasks"]),
+        (["--activation", "int4"], ["int4", "exact, int8"]),
+        (["--activation", "int8"], ["packed"]),  # of a model that is not
         pytest.param(["--tasks", "no_such_task", "--limit", "1"], ["no_such_task"], marks=pytest.mark.slow),  # lm_eval reads its index
     ],
 )
-def test_bad_evaluations(more: list[str], fragments: list[str], teacher_directory: Path) -> None:
-    assert_refused(run("eval", teacher_directory, *more), *fragments)
+def test_bad_evaluations(more: list[str], fragments: list[str], teacher_directory: Path, text_file: Path) -> None:
+    ppl = [] if "--ppl" in more or "--tasks" in more or "--limit" in more else ["--ppl", text_file]
+    assert_refused(run("eval", teacher_directory, *more, *ppl), *fragments)
 
 
 @pytest.mark.parametrize(("option", "value"), [("--temperature", "-1"), ("--top-p", "0"), ("--max-new-tokens", "0"), ("--prompt", "")])

@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner, Result
 
 from bimos.cli import app
+from bimos.kernels import native
 
 QUICK = ["sequence_length=32", "initialise.sequences=4", "blocks.tokens=256", "blocks.epochs=1", "distill.batch_size=2"]
 
@@ -63,6 +64,15 @@ def test_eval_of_the_saved_model_repeats_what_the_run_measured(outcome: tuple[Pa
     assert run("eval", directory, "--ppl", text_file, "--json", tmp_path / "eval.json").exit_code == 0
     again = json.loads((tmp_path / "eval.json").read_text())["perplexity"][text_file.name]
     assert again["value"] == pytest.approx(written["perplexity"][str(text_file)]["value"], rel=1e-6)
+
+
+def test_eval_measures_what_int8_costs(outcome: tuple[Path, dict], text_file: Path, tmp_path: Path) -> None:
+    directory, written = outcome
+    assert run("eval", directory, "--ppl", text_file, "--activation", "int8", "--json", tmp_path / "eval.json").exit_code == 0
+    result = json.loads((tmp_path / "eval.json").read_text())
+    exact, rounded = written["perplexity"][str(text_file)]["value"], result["perplexity"][text_file.name]["value"]
+    assert result["activation"] == "int8"
+    assert rounded == pytest.approx(exact, rel=0.05) and (rounded != exact) == (native.isa() is not None)
 
 
 def test_the_saved_model_talks(outcome: tuple[Path, dict]) -> None:

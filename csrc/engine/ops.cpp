@@ -1,8 +1,4 @@
 // The engine as ops: `bimos/engine.py` is their only caller.
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <array>
 #include <cstdlib>
@@ -35,9 +31,7 @@ Memory large_pages(size_t bytes) {
   const size_t size = (bytes + kPage - 1) / kPage * kPage;
   Memory memory(std::aligned_alloc(kPage, size), &std::free);
   STD_TORCH_CHECK(memory != nullptr, "engine: no memory for ", size, " bytes");
-#ifdef __linux__
-  madvise(memory.get(), size, MADV_HUGEPAGE);
-#endif
+  ask_for_large_pages(memory.get(), size);
   return memory;
 }
 

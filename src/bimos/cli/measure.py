@@ -28,6 +28,9 @@ def evaluate(
     windows: Annotated[int | None, typer.Option(metavar="N", help="Only the first windows of each text.")] = None,
     context: Annotated[int, typer.Option(metavar="N", help="Tokens a window.")] = 2048,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first documents of each task.")] = None,
+    activation: Annotated[
+        str, typer.Option(metavar="HOW", help="exact, or int8: faster and less exact (packed models on a CPU).")
+    ] = "exact",
     json: Json = None,
 ) -> None:
     """Measure perplexity and zero-shot accuracy.
@@ -42,6 +45,7 @@ def evaluate(
     from bimos.evaluation.versions import provenance
     from bimos.evaluation.zeroshot import zero_shot
     from bimos.models import load_model, load_tokenizer
+    from bimos.packing.linear import set_activation
 
     if limit is not None and not tasks:
         raise BimosError("--limit is about tasks: give --tasks too, or --windows for perplexity")
@@ -50,8 +54,9 @@ def evaluate(
     texts = [load_text(name) for name in show.split(ppl or (None if tasks else "wikitext2"))]  # before the model: it may be missing
     started = time.monotonic()
     loaded, tokenizer = load_model(model), load_tokenizer(model)
+    set_activation(loaded, activation)
     out = console(json)
-    result: dict[str, Any] = {"model": model, "perplexity": {}}
+    result: dict[str, Any] = {"model": model, "activation": activation, "perplexity": {}}
     with Progress(console=out, transient=True, disable=not out.is_terminal) as bars:
         for text in texts:
             bar = bars.add_task(text.label)

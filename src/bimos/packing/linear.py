@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from bimos.errors import BimosError
 from bimos.kernels import native, packed_linear
 
+ACTIVATIONS = ("exact", "int8")
+
 
 class PackedLinear(nn.Module):
     """A linear whose weights are bits.
@@ -93,6 +95,24 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         experts = 1 if self.router is None else self.router.shape[0]
         return f"in_features={self.in_features}, out_features={self.out_features}, planes={self.weight.shape[0]}, experts={experts}"
+
+
+def set_activation(model: nn.Module, activation: str) -> None:
+    """How a packed model's linears treat their inputs on a CPU.
+
+    Args:
+        activation: "exact", or "int8": sums of four inputs are rounded to 8 bits (`bimos.kernels.packed_linear`), which is faster.
+
+    Raises:
+        BimosError: another name, or a model without packed linears.
+    """
+    if activation not in ACTIVATIONS:
+        raise BimosError(f"activation '{activation}' is not known; known: {', '.join(ACTIVATIONS)}")
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    if not layers and activation != ACTIVATIONS[0]:
+        raise BimosError(f"activation '{activation}' is for packed models; this one has no packed linears")
+    for layer in layers:
+        layer.int8 = activation == "int8"
 
 
 def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
