@@ -71,7 +71,7 @@ test-slow: $(VENV)/.installed-dev  ## the tests that need a real model or minute
 sanitize: $(VENV)/.installed-dev  ## the kernels' tests with AddressSanitizer and UBSan
 	$(CMAKE) -B build/sanitize -DBIMOS_SANITIZE=ON && $(CMAKE_BUILD) build/sanitize --target native
 	BIMOS_NATIVE=$(CURDIR)/build/sanitize/_native.so ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" $(BIN)/pytest tests/kernels tests/test_engine.py -k "not compile"
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" $(BIN)/pytest tests/kernels tests/methods/test_mixing.py tests/test_engine.py -k "not compile"
 
 emulate: $(VENV)/.installed  ## every level of the kernels on emulated older processors (needs qemu-user)
 	$(CMAKE) -B build/emulate && $(CMAKE_BUILD) build/emulate --target levels

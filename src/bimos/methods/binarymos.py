@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bimos.errors import BimosError
 from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, register, require_multiple_of_8
 from bimos.methods.compensation import Fit, compensated_fit, signs_of
+from bimos.methods.mixing import mix, route_and_mix
 from bimos.methods.ste import compute_dtype, sign_ste, weighted_rank_one
 from bimos.packing.format import pack_signs
 
@@ -95,13 +96,12 @@ class BinaryMoSLinear(TrainableLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(compute_dtype(x))
+        gate = None
         if self.router is None:
-            scale_in, scale_out = self.scale_in[0], self.scale_out[0]
+            scaled = mix(x, None, self.scale_in)
         else:
-            gate = F.softmax(F.linear(x, self.router.to(x.dtype)).float(), dim=-1).to(x.dtype)
-            scale_in, scale_out = gate @ self.scale_in.to(x.dtype), gate @ self.scale_out.to(x.dtype)
-        y = F.linear(x * scale_in.to(x.dtype), sign_ste(self.weight, x))
-        y = y * scale_out.to(y.dtype)
+            scaled, gate = route_and_mix(x, self.router, self.scale_in)
+        y = mix(F.linear(scaled, sign_ste(self.weight, x)), gate, self.scale_out)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def pack(self) -> dict[str, Tensor]:

@@ -1,0 +1,216 @@
+#include "mixing.h"
+
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#define BIMOS_ALWAYS __attribute__((always_inline))
+#define BIMOS_INLINE inline BIMOS_ALWAYS
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are handed to functions that are always inlined
+
+namespace bimos::mixing {
+namespace {
+
+// Vectors of the compiler: one body, which it makes into what each target has.
+constexpr int kWidth = 16;
+using Floats = float __attribute__((vector_size(4 * kWidth)));
+using Words = uint32_t __attribute__((vector_size(4 * kWidth)));
+using Halves = uint16_t __attribute__((vector_size(2 * kWidth)));
+
+BIMOS_INLINE Floats spread(float value) { return Floats{} + value; }
+
+// Values between memory and a vector: all of it, or the first `count` where there are fewer.
+template <typename From, typename To>
+BIMOS_INLINE void copy(const From* from, To* to, int64_t count) {
+  constexpr size_t kBytes = sizeof(From) > sizeof(To) ? sizeof(From) : sizeof(To);
+  if (count >= kWidth) {
+    std::memcpy(to, from, kBytes);
+  } else {
+    std::memcpy(to, from, static_cast<size_t>(count) * (kBytes / kWidth));
+  }
+}
+
+// `count` values, zeros behind them.
+BIMOS_INLINE Floats load(const float* from, int64_t count) {
+  Floats values{};
+  copy(from, &values, count);
+  return values;
+}
+
+BIMOS_INLINE Floats load(const uint16_t* from, int64_t count) {
+  Halves halves{};
+  copy(from, &halves, count);
+  return std::bit_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
+}
+
+BIMOS_INLINE void store(Floats values, float* to, int64_t count) {
+  copy(&values, to, count);
+}
+
+BIMOS_INLINE void store(Floats values, uint16_t* to, int64_t count) {  // to nearest even; NaN stays NaN
+  const auto bits = std::bit_cast<Words>(values);
+  const auto strange = std::bit_cast<Words>(values != values);
+  const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Halves halves = __builtin_convertvector((rounded & ~strange) | (strange & 0x7fc0), Halves);
+  copy(&halves, to, count);
+}
+
+BIMOS_INLINE float sum_of(Floats values) {
+  float sum = 0;
+  for (int i = 0; i < kWidth; ++i) sum += values[i];
+  return sum;
+}
+
+BIMOS_INLINE void softmax(float* logits, int count) {
+  float most = logits[0], sum = 0;
+  for (int e = 1; e < count; ++e) most = logits[e] > most ? logits[e] : most;
+  for (int e = 0; e < count; ++e) sum += logits[e] = std::exp(logits[e] - most);
+  for (int e = 0; e < count; ++e) logits[e] /= sum;
+}
+
+// `step(j, count)` for every vector of n values; the count is known when it is compiled but for the last.
+template <typename Step>
+BIMOS_INLINE void vectors(int64_t n, Step step) {
+  int64_t j = 0;
+  for (; j + kWidth <= n; j += kWidth) step(j, static_cast<int64_t>(kWidth));
+  if (j < n) step(j, n - j);
+}
+
+// sum over j of values[t][j] rows[e][j], for several tokens; `values(t, j, count)` gives a token's vector.
+template <int kExperts, int kTokens, typename Values>
+BIMOS_INLINE void dots(int64_t n, const float* rows, float (*out)[kExperts], Values values) {
+  Floats sums[kTokens][kExperts] = {};
+  vectors(n, [&](int64_t j, int64_t count) BIMOS_ALWAYS {
+    Floats row[kExperts];
+    for (int e = 0; e < kExperts; ++e) row[e] = load(rows + e * n + j, count);
+    for (int t = 0; t < kTokens; ++t) {
+      const Floats value = values(t, j, count);
+      for (int e = 0; e < kExperts; ++e) sums[t][e] += value * row[e];
+    }
+  });
+  for (int t = 0; t < kTokens; ++t)
+    for (int e = 0; e < kExperts; ++e) out[t][e] = sum_of(sums[t][e]);
+}
+
+template <int kExperts, int kTokens, typename T>
+BIMOS_INLINE void forward_of(const Batch& batch, int64_t token) {
+  const int64_t n = batch.n;
+  const T* x = static_cast<const T*>(batch.x) + token * n;
+  T* out = static_cast<T*>(batch.out) + token * n;
+  float gates[kTokens][kExperts];
+  for (int t = 0; t < kTokens; ++t)
+    for (int e = 0; e < kExperts; ++e) gates[t][e] = batch.gate == nullptr ? 1.0F : batch.gate[(token + t) * kExperts + e];
+  if (batch.router != nullptr) {
+    dots<kExperts, kTokens>(n, batch.router, gates, [&](int t, int64_t j, int64_t count) BIMOS_ALWAYS { return load(x + t * n + j, count); });
+    for (int t = 0; t < kTokens; ++t) {
+      softmax(gates[t], kExperts);
+      for (int e = 0; e < kExperts; ++e) batch.gate[(token + t) * kExperts + e] = gates[t][e];
+    }
+  }
+  vectors(n, [&](int64_t j, int64_t count) BIMOS_ALWAYS {
+    Floats scale[kExperts];
+    for (int e = 0; e < kExperts; ++e) scale[e] = load(batch.scales + e * n + j, count);
+    for (int t = 0; t < kTokens; ++t) {
+      Floats mixed = spread(gates[t][0]) * scale[0];
+      for (int e = 1; e < kExperts; ++e) mixed += spread(gates[t][e]) * scale[e];
+      store(load(x + t * n + j, count) * mixed, out + t * n + j, count);
+    }
+  });
+}
+
+template <int kExperts, int kTokens, typename T>
+BIMOS_INLINE void backward_of(const Batch& batch, int64_t token) {
+  const int64_t n = batch.n;
+  const T *x = static_cast<const T*>(batch.x) + token * n, *grad = static_cast<const T*>(batch.grad) + token * n;
+  T* out = static_cast<T*>(batch.out) + token * n;
+  float gates[kTokens][kExperts], of_gate[kTokens][kExperts], of_logit[kTokens][kExperts] = {};
+  for (int t = 0; t < kTokens; ++t)
+    for (int e = 0; e < kExperts; ++e) gates[t][e] = batch.gate == nullptr ? 1.0F : batch.gate[(token + t) * kExperts + e];
+  if (batch.gate != nullptr) {
+    dots<kExperts, kTokens>(n, batch.scales, of_gate, [&](int t, int64_t j, int64_t count) BIMOS_ALWAYS {
+      return load(x + t * n + j, count) * load(grad + t * n + j, count);
+    });
+    for (int t = 0; t < kTokens; ++t) {
+      float* given = batch.grad_gate + (token + t) * kExperts;
+      if (batch.router == nullptr) {
+        for (int e = 0; e < kExperts; ++e) given[e] = of_gate[t][e];
+        continue;
+      }
+      float mean = 0;
+      for (int e = 0; e < kExperts; ++e) mean += gates[t][e] * (of_gate[t][e] += given[e]);
+      for (int e = 0; e < kExperts; ++e) of_logit[t][e] = gates[t][e] * (of_gate[t][e] - mean);
+    }
+  }
+  vectors(n, [&](int64_t j, int64_t count) BIMOS_ALWAYS {
+    Floats scale[kExperts], route[kExperts] = {}, of_scale[kExperts], of_route[kExperts] = {};
+    for (int e = 0; e < kExperts; ++e) {
+      scale[e] = load(batch.scales + e * n + j, count);
+      of_scale[e] = load(batch.grad_scales + e * n + j, count);
+      if (batch.router == nullptr) continue;
+      route[e] = load(batch.router + e * n + j, count);
+      of_route[e] = load(batch.grad_router + e * n + j, count);
+    }
+    for (int t = 0; t < kTokens; ++t) {
+      const Floats value = load(x + t * n + j, count), given = load(grad + t * n + j, count), product = value * given;
+      Floats mixed = spread(gates[t][0]) * scale[0];
+      for (int e = 1; e < kExperts; ++e) mixed += spread(gates[t][e]) * scale[e];
+      Floats result = given * mixed;
+      for (int e = 0; e < kExperts; ++e) of_scale[e] += spread(gates[t][e]) * product;
+      if (batch.router != nullptr) {
+        for (int e = 0; e < kExperts; ++e) {
+          result += spread(of_logit[t][e]) * route[e];
+          of_route[e] += spread(of_logit[t][e]) * value;
+        }
+      }
+      store(result, out + t * n + j, count);
+    }
+    for (int e = 0; e < kExperts; ++e) {
+      store(of_scale[e], batch.grad_scales + e * n + j, count);
+      if (batch.router != nullptr) store(of_route[e], batch.grad_router + e * n + j, count);
+    }
+  });
+}
+
+#define BIMOS_MIXING(NAME, TARGET)                                                                            \
+  namespace NAME {                                                                                            \
+  template <int kExperts, typename T>                                                                         \
+  TARGET void forward_rows(const Batch& batch, int64_t first, int64_t last) {                                 \
+    for (; first + kRows <= last; first += kRows) forward_of<kExperts, kRows, T>(batch, first);               \
+    for (; first < last; ++first) forward_of<kExperts, 1, T>(batch, first);                                   \
+  }                                                                                                           \
+  template <int kExperts, typename T>                                                                         \
+  TARGET void backward_rows(const Batch& batch, int64_t first, int64_t last) {                                \
+    for (; first + kRows <= last; first += kRows) backward_of<kExperts, kRows, T>(batch, first);              \
+    for (; first < last; ++first) backward_of<kExperts, 1, T>(batch, first);                                  \
+  }                                                                                                           \
+  template <int kExperts>                                                                                     \
+  void forward(const Batch& batch, int64_t first, int64_t last) {                                             \
+    (batch.is_float ? forward_rows<kExperts, float> : forward_rows<kExperts, uint16_t>)(batch, first, last);  \
+  }                                                                                                           \
+  template <int kExperts>                                                                                     \
+  void backward(const Batch& batch, int64_t first, int64_t last) {                                            \
+    (batch.is_float ? backward_rows<kExperts, float> : backward_rows<kExperts, uint16_t>)(batch, first, last); \
+  }                                                                                                           \
+  constexpr Functions functions[] = {                                                                         \
+      {forward<1>, backward<1>}, {forward<2>, backward<2>}, {forward<4>, backward<4>}, {forward<8>, backward<8>}}; \
+  }
+
+BIMOS_MIXING(scalar, )
+#ifdef BIMOS_X86
+BIMOS_MIXING(avx2, __attribute__((target("avx2,fma,f16c"))))
+BIMOS_MIXING(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))))
+#endif
+
+}  // namespace
+
+const Functions* functions_for(const char* level, int64_t experts) {
+  if (experts < 1 || experts > 8 || !std::has_single_bit(static_cast<uint64_t>(experts))) return nullptr;
+  const auto which = std::countr_zero(static_cast<uint64_t>(experts));
+#ifdef BIMOS_X86
+  if (std::strcmp(level, "avx512") == 0) return &avx512::functions[which];
+  if (std::strcmp(level, "avx2") == 0) return &avx2::functions[which];
+#endif
+  return &scalar::functions[which];
+}
+
+}  // namespace bimos::mixing

@@ -1,0 +1,137 @@
+// The ops of bimos/methods/mixing.py: scales mixed per token, and their gradients.
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <tuple>
+#include <vector>
+
+#include "mixing.h"
+#include "tensors.h"
+
+namespace bimos {
+namespace {
+
+using mixing::Batch;
+
+// Checks and pointers that forward and backward have in common. `held` keeps what had to be made contiguous.
+struct Prepared {
+  Batch batch{};
+  const mixing::Functions* functions;
+  int64_t tokens, experts;
+  std::vector<Tensor> held;
+
+  const void* values(const Tensor& tensor) {
+    held.push_back(torch::stable::contiguous(tensor));
+    return held.back().const_data_ptr();
+  }
+
+  Prepared(const Tensor& x, const Tensor& scales, const Optional& gate, const Optional& router)
+      : functions(mixing::functions_for(level().name, scales.size(0))), experts(scales.size(0)) {
+    held.reserve(8);
+    const std::optional<Dtype> dtype = dtype_of(x);
+    STD_TORCH_CHECK(dtype == Dtype::float32 || dtype == Dtype::bfloat16, "mix: x must be float32 or bfloat16");
+    STD_TORCH_CHECK(functions != nullptr, "mix: ", experts, " experts");
+    STD_TORCH_CHECK(x.dim() > 0 && scales.dim() == 2 && x.size(x.dim() - 1) == scales.size(1), "mix: x and scales do not fit");
+    batch.n = scales.size(1);
+    tokens = batch.n == 0 ? 0 : x.numel() / batch.n;
+    batch.is_float = *dtype == Dtype::float32;
+    batch.x = values(x);
+    batch.scales = floats(scales, experts * batch.n);
+    if (router) batch.router = floats(*router, experts * batch.n);
+    if (gate) batch.gate = const_cast<float*>(floats(*gate, tokens * experts));  // read only where it is given
+    STD_TORCH_CHECK(gate || router || experts == 1, "mix: several experts and no gate");
+  }
+
+  const float* floats(const Tensor& tensor, int64_t size) {
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.numel() == size, "mix: gates, scales and routers are float32");
+    return static_cast<const float*>(values(tensor));
+  }
+
+  // `run(first, last, part)` over parts of the tokens, in as many threads as torch has.
+  template <typename Run>
+  void in_parts(int64_t parts, Run run) const {
+    const auto one = [&](int64_t part) { run(tokens * part / parts, tokens * (part + 1) / parts, part); };
+    if (parts == 1) return one(0);
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) one(part);
+    });
+  }
+
+  int64_t parts() const {
+    constexpr int64_t kWorthAThread = 1 << 15;  // values
+    return std::clamp<int64_t>(tokens * batch.n / kWorthAThread, 1, torch::stable::get_num_threads());
+  }
+};
+
+Tensor zeros(const Tensor& like, std::array<int64_t, 2> sizes) {
+  Tensor result = torch::stable::new_empty(like, sizes);
+  std::memset(result.mutable_data_ptr(), 0, static_cast<size_t>(sizes[0] * sizes[1]) * 4);
+  return result;
+}
+
+Tensor mix(const Tensor& x, const Optional& gate, const Tensor& scales) {
+  Prepared prepared(x, scales, gate, std::nullopt);
+  Tensor out = torch::stable::empty_like(prepared.held[0]);
+  prepared.batch.out = out.mutable_data_ptr();
+  prepared.in_parts(prepared.parts(), [&](int64_t first, int64_t last, int64_t) { prepared.functions->forward(prepared.batch, first, last); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> route_and_mix(const Tensor& x, const Tensor& router, const Tensor& scales) {
+  Prepared prepared(x, scales, std::nullopt, router);
+  Tensor out = torch::stable::empty_like(prepared.held[0]);
+  Tensor gate = torch::stable::new_empty(scales, std::array<int64_t, 2>{prepared.tokens, prepared.experts});
+  prepared.batch.out = out.mutable_data_ptr();
+  prepared.batch.gate = static_cast<float*>(gate.mutable_data_ptr());
+  prepared.in_parts(prepared.parts(), [&](int64_t first, int64_t last, int64_t) { prepared.functions->forward(prepared.batch, first, last); });
+  return {out, gate};
+}
+
+// Gradients of x, of the gate (or, with a router, of that) and of the scales.
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Optional& grad_gate, const Tensor& x, const Optional& gate,
+                                            const Optional& router, const Tensor& scales) {
+  Prepared prepared(x, scales, gate, router);
+  Batch& batch = prepared.batch;
+  const int64_t experts = prepared.experts, n = batch.n, parts = prepared.parts();
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel(), "mix: a gradient of another dtype or shape");
+  batch.grad = prepared.values(grad);
+  Tensor of_x = torch::stable::empty_like(prepared.held[0]);
+  batch.out = of_x.mutable_data_ptr();
+  Tensor of_gate = torch::stable::new_empty(scales, std::array<int64_t, 2>{gate ? prepared.tokens : 0, experts});
+  batch.grad_gate = static_cast<float*>(of_gate.mutable_data_ptr());
+  if (router) {
+    STD_TORCH_CHECK(gate && grad_gate, "mix: a router needs its gate and the gradient of that");
+    batch.grad_gate = const_cast<float*>(prepared.floats(*grad_gate, prepared.tokens * experts));  // read only
+  }
+  Tensor of_scales = zeros(scales, {parts * experts, n}), of_router = zeros(scales, {router ? parts * experts : 0, n});
+  auto *scale_sums = static_cast<float*>(of_scales.mutable_data_ptr()), *router_sums = static_cast<float*>(of_router.mutable_data_ptr());
+  prepared.in_parts(parts, [&](int64_t first, int64_t last, int64_t part) {
+    Batch own = batch;
+    own.grad_scales = scale_sums + part * experts * n;
+    own.grad_router = router_sums + part * experts * n;
+    prepared.functions->backward(own, first, last);
+  });
+  for (int64_t i = experts * n; i < parts * experts * n; ++i) {
+    scale_sums[i % (experts * n)] += scale_sums[i];
+    if (router) router_sums[i % (experts * n)] += router_sums[i];
+  }
+  if (parts > 1) of_scales = torch::stable::contiguous(torch::stable::narrow(of_scales, 0, 0, experts));
+  if (parts > 1 && router) of_router = torch::stable::contiguous(torch::stable::narrow(of_router, 0, 0, experts));
+  return {of_x, router ? of_router : of_gate, of_scales};
+}
+
+}  // namespace
+}  // namespace bimos
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bimos, library) {
+  library.def("mix(Tensor x, Tensor? gate, Tensor scales) -> Tensor");
+  library.def("route_and_mix(Tensor x, Tensor router, Tensor scales) -> (Tensor, Tensor)");
+  library.def(
+      "mix_backward(Tensor grad, Tensor? grad_gate, Tensor x, Tensor? gate, Tensor? router, Tensor scales) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bimos, CPU, library) {
+  library.impl("mix", TORCH_BOX(&bimos::mix));
+  library.impl("route_and_mix", TORCH_BOX(&bimos::route_and_mix));
+  library.impl("mix_backward", TORCH_BOX(&bimos::backward));
+}
