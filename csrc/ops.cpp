@@ -27,6 +27,8 @@ std::optional<Dtype> dtype_of(const Tensor& tensor) {
   }
 }
 
+Tensor compact(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
 // Inputs of a block: those of a group where there are groups.
 int64_t block_of(const Tensor& weight, const Optional& scale_group) {
   const int64_t in = 8 * weight.size(2);
@@ -57,12 +59,12 @@ void ask_for_large_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t by
 
 Tensor tile(const Tensor& weight, const Optional& scale_group) {
   STD_TORCH_CHECK(weight.dim() == 3 && weight.scalar_type() == ScalarType::Byte, "weight must be uint8 [planes, out, in/8]");
-  const Tensor bits = torch::stable::contiguous(weight);
+  const Tensor bits = compact(weight);
   const int64_t planes = bits.size(0), out = bits.size(1), in = 8 * bits.size(2), block = block_of(bits, scale_group);
   Optional groups;
   if (scale_group) {
     STD_TORCH_CHECK(scale_group->scalar_type() == ScalarType::Half, "scale_group must be float16 to be tiled");
-    groups = torch::stable::contiguous(*scale_group);
+    groups = compact(*scale_group);
   }
   const Level* used = level_for(in, block);
   if (used == nullptr) return torch::stable::new_empty(weight, std::array<int64_t, 3>{0, 0, 0});
@@ -110,7 +112,7 @@ Tensor reference(const Tensor& x, const Tensor& weight, const Optional& scale_in
 // A float16 tensor's values; null where there is none. `held` keeps what had to be made contiguous.
 const uint16_t* halves(const Optional& tensor, std::vector<Tensor>& held) {
   if (!tensor) return nullptr;
-  held.push_back(torch::stable::contiguous(*tensor));
+  held.push_back(compact(*tensor));
   return static_cast<const uint16_t*>(held.back().const_data_ptr());
 }
 
@@ -139,18 +141,18 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, const Optional& scal
   held.reserve(6);
   const bool made = tiles && tiles->dim() == 3 && tiles->size(0) == planes && tiles->size(1) == tile_count(used->layout, out) &&
                     tiles->size(2) == tile_bytes(used->layout, plane);
-  held.push_back(made ? torch::stable::contiguous(*tiles) : tile(weight, scale_group));
+  held.push_back(made ? compact(*tiles) : tile(weight, scale_group));
   Linear linear{in, out, planes, experts, block, scale_group.has_value(), int8, nullptr, nullptr, nullptr, nullptr, nullptr, Dtype::float32};
   linear.tiles = static_cast<const uint8_t*>(held.back().const_data_ptr());
   linear.scale_in = halves(scale_in, held);
   linear.scale_out = halves(scale_out, held);
   linear.router = halves(router, held);
   if (bias) {
-    held.push_back(torch::stable::contiguous(*bias));
+    held.push_back(compact(*bias));
     linear.bias = held.back().const_data_ptr();
     linear.bias_dtype = *bias_dtype;
   }
-  held.push_back(torch::stable::contiguous(x));
+  held.push_back(compact(x));
   Tensor y = torch::stable::new_empty(x, with_last(x, out));
   apply(*used, linear, held.back().const_data_ptr(), *dtype, x.numel() / in, y.mutable_data_ptr(), pool());
   return y;
@@ -158,7 +160,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, const Optional& scal
 
 Tensor as_float(const Tensor& tensor) {
   const Tensor floats = tensor.scalar_type() == ScalarType::Float ? tensor : torch::stable::to(tensor, ScalarType::Float);
-  return torch::stable::contiguous(floats);
+  return compact(floats);
 }
 
 Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, const Optional& bias) {
@@ -173,7 +175,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, c
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("bimos::int8_linear_reference", "", stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
-  const Tensor values = torch::stable::contiguous(x), rows = torch::stable::contiguous(weight), factors = as_float(scale);
+  const Tensor values = compact(x), rows = compact(weight), factors = as_float(scale);
   Optional offsets;
   if (bias) offsets = as_float(*bias);
   Tensor y = torch::stable::new_empty(x, with_last(x, out));

@@ -19,6 +19,9 @@ using Optional = std::optional<Tensor>;
 
 std::optional<Dtype> dtype_of(const Tensor& tensor);
 
+// The tensor itself where it is contiguous: asking torch costs more than a small product.
+Tensor compact(const Tensor& tensor);
+
 // Inputs of a block: those of a group where there are groups.
 int64_t block_of(const Tensor& weight, const Optional& scale_group);
 

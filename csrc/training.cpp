@@ -21,7 +21,7 @@ struct Prepared {
   std::vector<Tensor> held;
 
   const void* values(const Tensor& tensor) {
-    held.push_back(torch::stable::contiguous(tensor));
+    held.push_back(compact(tensor));
     return held.back().const_data_ptr();
   }
 
@@ -115,8 +115,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Optional& 
     scale_sums[i % (experts * n)] += scale_sums[i];
     if (router) router_sums[i % (experts * n)] += router_sums[i];
   }
-  if (parts > 1) of_scales = torch::stable::contiguous(torch::stable::narrow(of_scales, 0, 0, experts));
-  if (parts > 1 && router) of_router = torch::stable::contiguous(torch::stable::narrow(of_router, 0, 0, experts));
+  if (parts > 1) of_scales = compact(torch::stable::narrow(of_scales, 0, 0, experts));
+  if (parts > 1 && router) of_router = compact(torch::stable::narrow(of_router, 0, 0, experts));
   return {of_x, router ? of_router : of_gate, of_scales};
 }
 

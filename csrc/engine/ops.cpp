@@ -83,7 +83,7 @@ class Reading {
     const Tensor next = tensor();
     if (next.numel() == 0) return nullptr;
     STD_TORCH_CHECK(next.scalar_type() == type && next.numel() == size, "engine: ", what, " has another dtype or shape than it should");
-    held_.push_back(torch::stable::contiguous(next));
+    held_.push_back(compact(next));
     return held_.back().const_data_ptr();
   }
 
@@ -93,7 +93,7 @@ class Reading {
   Table table(int64_t rows, int64_t n, const char* what, bool copy) {
     const Tensor weight = tensor();
     STD_TORCH_CHECK(weight.numel() == rows * n, "engine: ", what, " has another shape than it should");
-    held_.push_back(torch::stable::contiguous(weight));
+    held_.push_back(compact(weight));
     Table table{held_.back().const_data_ptr(), nullptr, Dtype::float32};
     if (weight.scalar_type() == ScalarType::Char) {
       if (copy) {
@@ -139,7 +139,7 @@ class Reading {
     if (bias.numel() != 0) {
       STD_TORCH_CHECK(bias.numel() == out && dtype_of(bias), "engine: a bias has another dtype or shape than it should");
       linear.bias_dtype = *dtype_of(bias);
-      held_.push_back(torch::stable::contiguous(bias));
+      held_.push_back(compact(bias));
       linear.bias = held_.back().const_data_ptr();
     }
     return linear;

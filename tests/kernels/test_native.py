@@ -47,6 +47,10 @@ def make(planes: int, experts: int, n_in: int, n_out: int, group: int | None, sc
     }
 
 
+def make_full(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {name: tensors.get(name) for name in PackedLinear.NAMES}
+
+
 def exact(x: Tensor, tensors: dict[str, Any]) -> Tensor:
     doubles = {name: t if t is None or t.dtype == torch.uint8 else t.double() for name, t in tensors.items()}
     gate = None if doubles["router"] is None else torch.softmax(x.double() @ doubles["router"].T, -1)
@@ -231,6 +235,18 @@ def test_a_module_follows_its_tensors() -> None:
     assert relative_error(layer(x), exact(x, second)) < 1e-4
     assert layer.tiles() is not tiles
     assert layer.to("meta").tiles() is None
+
+
+def test_tiles_of_inference_mode_are_remembered_too() -> None:
+    torch.manual_seed(0)
+    first, second = ({name: t for name, t in make(1, 2, 64, 20, None, True, False).items() if t is not None} for _ in range(2))
+    with torch.inference_mode():
+        layer = PackedLinear.from_tensors({name: t.clone() for name, t in first.items()})
+        x = torch.randn(3, 64)
+        tiles = layer.tiles()
+        assert tiles is not None and layer.tiles() is tiles
+        layer.load_state_dict(second)
+        assert relative_error(layer(x), exact(x, make_full(second))) < 1e-4
 
 
 @pytest.mark.parametrize("level", HERE)
