@@ -61,13 +61,33 @@ def quality(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def kernels() -> str:
+    """Times torch's own product, exact and with sums of 8 bits."""
+    path = RESULTS / "kernels.json"
+    if not path.exists():
+        return ""
+    result = json.loads(path.read_text())
+    shown = ("1", "4", "128", "512")
+    lines = [
+        f"A packed linear with {result['experts']} experts against torch's bfloat16 `F.linear` of the same shape, {result['threads']} threads of "
+        f"{result['machine']['cpu']}, {result['level']}, router, scales and the call itself included: times as fast, exact / `int8` "
+        "(`benchmarks/kernels.py`).",
+        "",
+        "| in x out | " + " | ".join(f"{tokens} token{'s' if tokens != '1' else ''}" for tokens in shown) + " |",
+        "| --- " * (1 + len(shown)) + "|",
+    ]
+    for shape, rows in result["hot"].items():
+        lines.append(f"| {shape} | " + " | ".join(f"{rows[n]['speedup']:.1f} / {rows[n]['int8_speedup']:.1f}" for n in shown) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    parts = [*(quality(folder) for folder in sorted(RESULTS.glob("quality-*"), reverse=True)), sizes()]
+    parts = [*(quality(folder) for folder in sorted(RESULTS.glob("quality-*"), reverse=True)), sizes(), kernels()]
     tables = "\n\n".join(part for part in parts if part)
     filled = MARKED.sub(lambda match: f"{match[1]}\n{tables}\n\n{match[2]}", text)
     if arguments.check:

@@ -70,7 +70,7 @@ class PackedLinear(nn.Module):
         tiles = None if torch.compiler.is_compiling() else self.tiles()
         # Not by attribute: a module looks for those three times before it finds a buffer, at a third of the cost of a small product.
         tensors: Any = [self._buffers[name] for name in self.NAMES]
-        return packed_linear(x, *tensors, tiles=tiles, int8=self.int8)
+        return packed_linear(x, *tensors, tiles=tiles, int8=self.int8)  # type: ignore[misc]
 
     def tiles(self) -> Tensor | None:
         """The planes in the order in which this CPU's kernels read them, made at the first call; None where nothing reads them so.
