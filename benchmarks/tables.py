@@ -69,8 +69,8 @@ def kernels() -> str:
     result = json.loads(path.read_text())
     shown = ("1", "4", "128", "512")
     lines = [
-        f"A packed linear with {result['experts']} experts against torch's bfloat16 `F.linear` of the same shape, {result['threads']} threads of "
-        f"{result['machine']['cpu']}, {result['level']}, router, scales and the call itself included: times as fast, exact / `int8` "
+        f"A packed linear with {result['experts']} experts against torch's bfloat16 `F.linear` of the same shape, {result['threads']} "
+        f"threads of {result['machine']['cpu']}, {result['level']}, router, scales and the call included: times as fast, exact / `int8` "
         "(`benchmarks/kernels.py`).",
         "",
         "| in x out | " + " | ".join(f"{tokens} token{'s' if tokens != '1' else ''}" for tokens in shown) + " |",
