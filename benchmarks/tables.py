@@ -76,7 +76,7 @@ def peers() -> str:
         times = [f"{ours[key] / theirs[row][key]:.1f} times {row}" for key, row in zip(keys, best, strict=True)]
         several = next(values for row, values in rows.items() if row.startswith("bimos,"))
         refused = ", ".join(f"{kind}: {reason.partition(': ')[2] or reason}" for kind, reason in measured["refused"].items())
-        machine = f"{result['threads']} threads of {measured['machine']['cpu']}"
+        machine = f"{result['threads']} thread{'s' * (result['threads'] > 1)} of {measured['machine']['cpu']}"
         version = f"llama-cpp-python {result['llama_cpp_python']['version']}"
         batch = f"{several['sequences']} sequences at once {several[keys[0]] / ours[keys[0]]:.1f} times the tokens/s of one"
         lines = [
