@@ -81,14 +81,50 @@ def kernels() -> str:
     return "\n".join(lines)
 
 
+def peers() -> str:
+    """benchmarks/peers.py: a table a model, the fastest of llama.cpp's types first named."""
+    path = RESULTS / "peers.json"
+    if not path.exists():
+        return ""
+    result = json.loads(path.read_text())
+    parts = []
+    for name, measured in result["models"].items():
+        rows = measured["rows"]
+        ours, theirs = rows["bimos"], {row: values for row, values in rows.items() if row.startswith("llama.cpp")}
+        keys = ("decode_tokens_per_second", "prefill_tokens_per_second")
+        best = [max(theirs, key=lambda row, key=key: theirs[row][key]) for key in keys]
+        times = [f"{ours[key] / theirs[row][key]:.1f} times {row}" for key, row in zip(keys, best, strict=True)]
+        several = next(values for row, values in rows.items() if row.startswith("bimos,"))
+        refused = ", ".join(f"{kind}: {reason.partition(': ')[2] or reason}" for kind, reason in measured["refused"].items())
+        machine = f"{result['threads']} thread{'s' * (result['threads'] > 1)} of {measured['machine']['cpu']}"
+        version = f"llama-cpp-python {result['llama_cpp_python']['version']}"
+        batch = f"{several['sequences']} sequences at once {several[keys[0]] / ours[keys[0]]:.1f} times the tokens/s of one"
+        lines = [
+            f"{name} on {machine}, one process, in turns, medians (`benchmarks/peers.py`, {version}): "
+            f"decoding {times[0]}, a prompt of {result['long_prompt']} tokens {times[1]}; {batch}."
+            + (f" Refused by llama.cpp: {refused}." if refused else ""),
+            "",
+            "| | weights | decode, tokens/s | prompt, tokens/s |",
+            "| --- | --- | --- | --- |",
+        ]
+        for row, values in sorted(rows.items(), key=lambda item: -item[1][keys[0]]):
+            size = f"{values['bytes'] / 1e6:,.0f} MB" if "bytes" in values else ""
+            prompt = f"{values[keys[1]]:,.0f}" if keys[1] in values else ""
+            lines.append(f"| {row} | {size} | {values[keys[0]]:,.0f} | {prompt} |")
+        parts.append("\n".join(lines))
+    picture = path.with_suffix(".svg").relative_to(ROOT).as_posix()
+    return "\n\n".join([*parts, f"![tokens a second of every peer]({picture})"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    parts = [*(quality(folder) for folder in sorted(RESULTS.glob("quality-*"), reverse=True)), sizes(), kernels()]
-    tables = "\n\n".join(part for part in parts if part)
+    parts = [*(quality(folder) for folder in sorted(RESULTS.glob("quality-*"), reverse=True)), sizes(), kernels(), peers()]
+
+    parts = [*(quality(folder) for folder in sorted(RESULTS.glob("quality-*"), reverse=True)), sizes(), peers()]
     filled = MARKED.sub(lambda match: f"{match[1]}\n{tables}\n\n{match[2]}", text)
     if arguments.check:
         sys.exit(filled != text)

@@ -17,7 +17,7 @@ import bimos
 from bimos.cli import app
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["quantize", "eval", "info", "generate", "chat", "unpack", "convert", "methods", "doctor", "demo"]
+COMMANDS = ["quantize", "eval", "bench", "info", "generate", "chat", "unpack", "convert", "methods", "doctor", "demo"]
 GROUP = typer.main.get_command(app)
 
 

@@ -244,6 +244,17 @@ class Engine:
             del self._kept[:-KEPT]
 
 
+def windows(config: Any) -> list[int]:
+    """How many positions each block sees, the token's own included; 0: all."""
+    kinds = getattr(config, "layer_types", None) or []
+    window = getattr(config, "sliding_window", None) or 0
+    slides = [
+        kinds[index] == "sliding_attention" if index < len(kinds) else config.model_type == "mistral"
+        for index in range(config.num_hidden_layers)
+    ]
+    return [window if sliding else 0 for sliding in slides]
+
+
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
     """How many tokens two texts begin with in common."""
     pairs = zip(left, right, strict=False)
@@ -262,11 +273,8 @@ def _weights(model: Any) -> tuple[list[Tensor], list[int]]:
         tensors.append(table.weight.detach())
         tensors.append(table.scale.flatten().float() if isinstance(table, Int8Embedding | Int8Head | TiedInt8Head) else none)
     tensors += [inner.norm.weight.detach().float(), inner.rotary_emb.inv_freq.float()]
-    kinds = getattr(config, "layer_types", None) or []
-    window = getattr(config, "sliding_window", None) or 0
-    for index, block in enumerate(inner.layers):
-        slides = kinds[index] == "sliding_attention" if index < len(kinds) else config.model_type == "mistral"
-        numbers.append(window if slides else 0)
+    for block, window in zip(inner.layers, windows(config), strict=True):
+        numbers.append(window)
         tensors += [block.input_layernorm.weight.detach().float(), block.post_attention_layernorm.weight.detach().float()]
         for name in ("q_norm", "k_norm"):
             norm = getattr(block.self_attn, name, None)

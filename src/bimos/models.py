@@ -150,10 +150,7 @@ def convertible_linears(model: nn.Module, skip: Iterable[str] = ()) -> dict[str,
     """
     skip = list(skip)
     prefix, blocks = decoder_blocks(model)
-    config = getattr(model, "config", None)
-    experts = next((k for k in ("num_local_experts", "num_experts", "n_routed_experts") if (getattr(config, k, None) or 0) > 1), None)
-    fused = any(p.dim() == 3 for p in blocks.parameters())
-    if fused or experts:
+    if has_experts(model, blocks):
         raise BimosError(f"{type(model).__name__} is a mixture-of-experts model; bimos converts dense models only")
     linears = {f"{prefix}.{name}": module for name, module in blocks.named_modules() if type(module) is nn.Linear}
     for ending in skip:
@@ -163,6 +160,13 @@ def convertible_linears(model: nn.Module, skip: Iterable[str] = ()) -> dict[str,
     if not linears:
         raise BimosError(f"{type(model).__name__} has no linears to convert")
     return linears
+
+
+def has_experts(model: nn.Module, blocks: nn.Module) -> bool:
+    """Whether it is a mixture-of-experts model, of whose weights a token sees a part: by its config, or by fused weights in `blocks`."""
+    config = getattr(model, "config", None)
+    named = any((getattr(config, key, None) or 0) > 1 for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+    return named or any(parameter.dim() == 3 for parameter in blocks.parameters())
 
 
 def _ends(name: str, ending: str) -> bool:

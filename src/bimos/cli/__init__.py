@@ -47,6 +47,7 @@ def bimos(
 COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": make.quantize,
     "eval": measure.evaluate,
+    "bench": measure.bench,
     "info": measure.info,
     "generate": talk.generate,
     "chat": talk.chat,

@@ -1,4 +1,4 @@
-"""Commands that look and change nothing: `eval`, `info`, `methods` and `doctor`."""
+"""Commands that look and change nothing: `eval`, `bench`, `info`, `methods` and `doctor`."""
 
 from __future__ import annotations
 
@@ -75,6 +75,43 @@ def evaluate(
     show.perplexities(out, result)
     show.tasks(out, result)
     write_result(json, result)
+
+
+def bench(
+    model: Model,
+    prompt: Annotated[str, typer.Option(metavar="N,N", help="Lengths of the prompts in tokens, with commas.")] = "16,128,512",
+    batch: Annotated[str, typer.Option(metavar="N,N", help="Sequences decoded side by side, with commas.")] = "1,8",
+    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to decode behind each prompt.")] = 64,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Rounds; figures are medians over them.")] = 5,
+    threads: Annotated[int | None, typer.Option(metavar="N", help="As many as torch takes if not given.", show_default=False)] = None,
+    json: Json = None,
+) -> None:
+    """Measure how fast a model reads and decodes on this CPU.
+
+    Also its memory, and the share of the machine's read bandwidth that decoding reaches, measured in between. In the engine where that
+    covers the model, in transformers elsewhere.
+
+    Example: `bimos bench smollm2-1bit --prompt 16,512 --threads 2 --json speed.json`
+    """
+    quiet()
+    from bimos.evaluation.speed import Runs, measure
+    from bimos.evaluation.versions import provenance
+
+    runs = Runs(_numbers("prompt", prompt), _numbers("batch", batch), tokens, repeats, threads)
+    out = console(json)
+    with Progress(console=out, transient=True, disable=not out.is_terminal) as bars:
+        bar = bars.add_task("runs")
+        measured = measure(model, runs, lambda done, total: bars.update(bar, completed=done, total=total))
+    result = {"model": model, **measured, **provenance()}
+    show.speed(out, result)
+    write_result(json, result)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(dict.fromkeys(map(int, show.split(text))))
+    except ValueError:
+        raise BimosError(f"--{option} {text}: must be whole numbers with commas, such as 16,512") from None
 
 
 def info(model: Model, json: Json = None) -> None:

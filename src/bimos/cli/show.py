@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bimos.evaluation.formatting import bits, factor, significant, size
+from bimos.evaluation.formatting import DASH, bits, factor, significant, size
 
 
 def split(names: str | None) -> list[str]:
@@ -71,6 +71,35 @@ def tasks(out: Console, result: dict[str, Any]) -> None:
         shares = [f"{100 * score[key]:.1f}" if score.get(key) is not None else "" for key in ("acc", "acc_norm", "stderr")]
         table.add_row(name, *shares, str(score.get("n", "")))
     out.print(table)
+
+
+def speed(out: Console, result: dict[str, Any]) -> None:
+    """What `bimos bench` says."""
+    why = f" ({result['why']})" if result["why"] else ""
+    out.print(f"in {result['runs_in']}{why}; {result['threads']} threads, medians of {result['repeats']} rounds", markup=False)
+    table = _table("prompt", "batch", "prefill tokens/s", "first token", "decode tokens/s", "GB/s", "of memory", "of cache", numbers=8)
+    for row in result["runs"]:
+        shares = [row[f"share_of_{name}_bandwidth"] for name in ("memory", "cache")]
+        rate = row["bytes_per_second"]
+        table.add_row(
+            *(str(row["prompt"]), str(row["batch"]), significant(row["prefill_tokens_per_second"])),
+            *(f"{significant(1000 * row['first_token_seconds'])} ms", significant(row["decode_tokens_per_second"])),
+            significant(rate and rate / 1e9),
+            *(DASH if share is None else f"{share:.0%}" for share in shares),
+        )
+    out.print(table)
+    if result["runs"][0]["bytes_per_step"] is None:
+        out.print("bytes read a token are not known: every token sees other weights of a mixture-of-experts model")
+    bandwidth, memory = result["bandwidth"], result["memory"]
+    for name, where in (("memory", "memory"), ("cache", "the last cache")):
+        read = bandwidth[name]
+        if read is not None:
+            rate = significant(read["bytes_per_second"] / 1e9)
+            out.print(f"read bandwidth of {where}: {rate} GB/s ({size(read['bytes'])}, {bandwidth['by']})", markup=False)
+    out.print(
+        f"weights {size(memory['weights'])}, keys and values {size(memory['cache'])} ({size(memory['cache_per_position'])} a position)"
+    )
+    out.print(f"process: {size(memory['peak'])} at its peak, {size(memory['before_loading'])} before loading")
 
 
 def diagnosis(out: Console, report: dict[str, Any]) -> None:

@@ -1,0 +1,207 @@
+"""How fast a model reads prompts and decodes, what memory it takes, and what share of the machine's read bandwidth decoding reaches.
+
+Packed models that the engine covers run in it, all others in `transformers`, a loop around the forward pass with greedy choice. Prompts
+are random tokens, other ones in every run, so that no beginning is remembered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from bimos.engine import Engine, refusal, windows
+from bimos.errors import BimosError
+from bimos.evaluation.bandwidth import Bandwidth
+from bimos.evaluation.perplexity import maximum_context
+from bimos.generation import Sampling
+from bimos.kernels import native
+from bimos.models import has_experts, load_model
+from bimos.packing.embedding import Int8Embedding
+
+Prompts = list[list[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """What is measured: every prompt length with every batch size.
+
+    Raises:
+        BimosError: a value that is not positive, or more threads than can be.
+    """
+
+    prompts: tuple[int, ...] = (16, 128, 512)  # tokens
+    batches: tuple[int, ...] = (1, 8)  # sequences side by side
+    tokens: int = 64  # decoded behind each prompt
+    repeats: int = 5
+    threads: int | None = None  # None: as many as torch takes
+
+    def __post_init__(self) -> None:
+        values = {"prompt": self.prompts, "batch": self.batches, "tokens": (self.tokens,), "repeats": (self.repeats,)}
+        for name, given in values.items():
+            if not given or min(given) < 1:
+                raise BimosError(f"--{name} {','.join(map(str, given))}: must be at least 1")
+        if self.threads is not None and not 1 <= self.threads <= 1024:
+            raise BimosError(f"--threads {self.threads}: must be from 1 to 1024")
+
+
+class Runner(Protocol):
+    """Continues prompts of equal length greedily: the next token of each at every step, end-of-text tokens like any other."""
+
+    def steps(self, prompts: Prompts, tokens: int) -> Iterator[list[Any]]: ...
+
+
+class EngineRunner:
+    """In the engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def steps(self, prompts: Prompts, tokens: int) -> Iterator[list[Any]]:
+        return self.engine.tokens(prompts, Sampling(tokens, temperature=0, repetition_penalty=1), stop=False)
+
+
+class TransformersRunner:
+    """In `transformers`, which keeps keys and values in a `DynamicCache`."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.options: dict[str, Any] = {"logits_to_keep": 1} if last_only else {}
+        self.cache_bytes = 0  # a position of a sequence, of the last run
+
+    @torch.inference_mode()
+    def steps(self, prompts: Prompts, tokens: int) -> Iterator[list[Any]]:
+        ids = torch.tensor(prompts)
+        cache: Any = DynamicCache(config=self.model.config)
+        for _ in range(tokens):
+            logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **self.options).logits
+            ids = logits[:, -1].argmax(-1, keepdim=True)
+            yield ids[:, 0].tolist()
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        self.cache_bytes = held // (len(prompts) * cache.get_seq_length())
+
+
+def measure(source: str | Path, runs: Runs, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """Load a model on the CPU and measure it; a first round is thrown away, figures are medians over the others.
+
+    Returns:
+        `runs_in`, `why` it is not the engine (or None), `threads`, `dtype`, `repeats`; `runs`, a list with a row for every prompt length
+        and batch size; `bandwidth` as `Bandwidth.result` has it; `memory` in bytes: the process before loading and at its peak (both
+        without the buffer of the bandwidth), weights as stored, keys and values of a position and of the longest run.
+
+    Raises:
+        BimosError: the model cannot be loaded, or has fewer positions than a run needs.
+    """
+    before, torch_threads = psutil.Process().memory_info().rss, torch.get_num_threads()
+    model = load_model(source)
+    longest, limit = max(runs.prompts) + runs.tokens + 1, maximum_context(model)
+    if limit is not None and longest > limit:
+        raise BimosError(f"--prompt {max(runs.prompts)} and --tokens {runs.tokens} take {longest} positions: the model has {limit}")
+    config, why = model.config.get_text_config(), refusal(model)
+    weights = sum(tensor.nbytes for tensor in _tensors(model).values())
+    read = None if has_experts(model, model) else bytes_read(model)
+    result: dict[str, Any] = {"runs_in": "transformers" if why else f"engine, {native.isa()}", "why": why}
+    result["dtype"] = str(model.dtype).removeprefix("torch.")
+    try:
+        torch.set_num_threads(runs.threads or torch_threads)
+        result |= {"threads": torch.get_num_threads(), "repeats": runs.repeats}
+        runner: Any = TransformersRunner(model) if why else EngineRunner(Engine(model))
+        del model
+        rounds = _Rounds(runner, runs, config.vocab_size, progress)
+        rounds.run()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        rounds.forget()
+        bandwidth = Bandwidth()
+        for _ in range(runs.repeats):
+            rounds.run()
+            bandwidth.sample()
+    finally:
+        torch.set_num_threads(torch_threads)
+    result["bandwidth"] = speeds = bandwidth.result()
+    position = runner.cache_bytes if why else _engine_cache_bytes(config)
+    seen = [0] if why else windows(config)
+    result["runs"] = []
+    for (prompt, batch), (first, step) in rounds.medians().items():
+        middle = prompt + (runs.tokens + 1) / 2  # positions that a step in the middle of a run looks at
+        cache = batch * position * statistics.mean(min(middle, window or middle) for window in seen)
+        rate = None if read is None else (read + cache) / step
+        row: dict[str, Any] = {"prompt": prompt, "batch": batch, "tokens": runs.tokens, "first_token_seconds": first, "step_seconds": step}
+        row |= {"prefill_tokens_per_second": batch * prompt / first, "decode_tokens_per_second": batch / step}
+        row |= {"bytes_per_step": None if read is None else read + cache, "bytes_per_second": rate}
+        shares = {name: rate / speeds[name]["bytes_per_second"] if rate and speeds[name] else None for name in ("memory", "cache")}
+        result["runs"].append(row | {f"share_of_{name}_bandwidth": share for name, share in shares.items()})
+    result["memory"] = {"before_loading": before, "peak": peak, "weights": weights}
+    result["memory"] |= {"cache_per_position": position, "cache": position * longest * max(runs.batches)}
+    return result
+
+
+class _Rounds:
+    """Every prompt length with every batch size, once a round."""
+
+    def __init__(self, runner: Runner, runs: Runs, vocabulary: int, progress: Callable[[int, int], None] | None) -> None:
+        self.runner, self.runs, self.vocabulary, self.progress = runner, runs, vocabulary, progress
+        self.generator = torch.Generator().manual_seed(0)
+        self.kinds = list(itertools.product(runs.prompts, runs.batches))
+        self.done = 0
+        self.forget()
+
+    def forget(self) -> None:
+        self.firsts: dict[tuple[int, int], list[float]] = {kind: [] for kind in self.kinds}
+        self.steps: dict[tuple[int, int], list[float]] = {kind: [] for kind in self.kinds}
+
+    def run(self) -> None:
+        for prompt, batch in self.kinds:
+            ids = torch.randint(self.vocabulary, (batch, prompt), generator=self.generator).tolist()
+            first, *later = stopwatch(self.runner.steps(ids, self.runs.tokens + 1))
+            self.firsts[prompt, batch].append(first)
+            self.steps[prompt, batch] += later
+            self.done += 1
+            if self.progress:
+                self.progress(self.done, (self.runs.repeats + 1) * len(self.kinds))
+
+    def medians(self) -> dict[tuple[int, int], tuple[float, float]]:
+        """Seconds to the first token, and for a step after it."""
+        return {kind: (statistics.median(self.firsts[kind]), statistics.median(self.steps[kind])) for kind in self.kinds}
+
+
+def stopwatch(steps: Iterator[Any]) -> list[float]:
+    """Seconds that each step takes."""
+    stamps = [time.perf_counter()]
+    for _ in steps:
+        stamps.append(time.perf_counter())
+    return [end - start for start, end in itertools.pairwise(stamps)]
+
+
+def bytes_read(model: nn.Module) -> int:
+    """Bytes of weights, as stored, that a step reads: all of them, but of a table that only embeds one row."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    total = sum(tensor.nbytes for tensor in _tensors(model).values())
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | Int8Embedding) and (head is None or head.weight.data_ptr() != module.weight.data_ptr()):
+            own = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+            total -= own - own // module.weight.shape[0]
+    return total
+
+
+def _tensors(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Parameters and buffers, tied ones once."""
+    return {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()}
+
+
+def _engine_cache_bytes(config: Any) -> int:
+    """Bytes of keys and values (bfloat16) of one position."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head
