@@ -7,11 +7,15 @@
 
 #include <array>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "tensors.h"
 #include "tiles.h"
+
+// Of torch 2.13, and null before: the message of what the last call threw.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace bimos {
 
@@ -65,9 +69,15 @@ Tensor tile(const Tensor& weight, const Optional& scale_group) {
   return result;
 }
 
+void call(const char* op, StableIValue* stack) {
+  if (torch_call_dispatcher(op, "", stack, TORCH_ABI_VERSION) == TORCH_SUCCESS) return;
+  const char* what = torch_exception_get_what_without_backtrace == nullptr ? nullptr : torch_exception_get_what_without_backtrace();
+  throw std::runtime_error(what != nullptr && *what != '\0' ? std::string(what) : std::string(op) + " failed");
+}
+
 namespace {
 
-constexpr int64_t kFewTokens = 16;
+constexpr int64_t kFewTokens = 16;  // more go to torch's own products of dequantised rows, which are faster then
 
 const Pool& pool() {
   static thread_local Pool mine{1, [](int64_t tasks, void (*task)(int64_t, void*), void* context) {
@@ -90,7 +100,7 @@ Tensor reference(const Tensor& x, const Tensor& weight, const Optional& scale_in
                  const Optional& scale_group, const Optional& bias) {
   using torch::stable::detail::from;
   std::array<StableIValue, 7> stack{from(x), from(weight), from(scale_in), from(scale_out), from(router), from(scale_group), from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("bimos::packed_linear_reference", "", stack.data(), TORCH_ABI_VERSION));
+  call("bimos::packed_linear_reference", stack.data());
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -154,10 +164,10 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, c
   STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == in, "x has ", x.dim() > 0 ? x.size(x.dim() - 1) : 0, " features, the head ", in);
   STD_TORCH_CHECK(scale.numel() == out && (!bias || bias->numel() == out), "scale or bias does not fit the head");
   const std::optional<Dtype> dtype = dtype_of(x);
-  if (!dtype || x.numel() == 0 || x.numel() / in > kFewTokens) {  // many tokens: torch's own products of dequantised rows are faster
+  if (!dtype || x.numel() == 0 || x.numel() / in > kFewTokens) {
     using torch::stable::detail::from;
     std::array<StableIValue, 4> stack{from(x), from(weight), from(scale), from(bias)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("bimos::int8_linear_reference", "", stack.data(), TORCH_ABI_VERSION));
+    call("bimos::int8_linear_reference", stack.data());
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
   const Tensor values = torch::stable::contiguous(x), rows = torch::stable::contiguous(weight), factors = as_float(scale);

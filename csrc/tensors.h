@@ -28,4 +28,7 @@ const Level* level_for(int64_t in, int64_t block);
 // Planes uint8 [planes, out, in/8] and group scales float16 [planes, out, in/g] in the layout of `level_for`; empty without one.
 Tensor tile(const Tensor& weight, const Optional& scale_group);
 
+// Calls an op of Python's: arguments on the stack, results there afterwards. What it raises is raised here.
+void call(const char* op, StableIValue* stack);
+
 }  // namespace bimos

@@ -24,10 +24,12 @@ from torch import Tensor
 from bimos.errors import BimosError
 from bimos.generation import Sampling, Streamer
 from bimos.kernels import native
+from bimos.packing import mapped
 from bimos.packing.embedding import Int8Embedding, Int8Head, TiedInt8Head
+from bimos.packing.family import MODEL_TYPES, Unknown
 from bimos.packing.linear import PackedLinear
+from bimos.tokens import load_tokenizer
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROTARY_TYPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length
 SETTINGS = (  # of transformers' generate, that change what is said and that the engine does not have
     *("no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "min_new_tokens", "min_length", "sequence_bias"),
@@ -73,11 +75,25 @@ def is_engine_model(model: Any) -> bool:
     return refusal(model) is None
 
 
+def load(directory: str | Path) -> Any:
+    """What `Engine` takes, out of a checkpoint directory: mapped where its config is in the form that bimos writes, else loaded.
+
+    Raises:
+        BimosError: no such checkpoint, or a corrupt one.
+    """
+    try:
+        return mapped.load(directory)
+    except Unknown:
+        from bimos.models import load_model
+
+        return load_model(directory)
+
+
 class Engine:
     """A packed model ready to decode. Several threads may use it: their calls take turns."""
 
     def __init__(self, model: Any, tokenizer: Any = None, threads: int | None = None) -> None:
-        """Takes what it needs out of a model that transformers loaded.
+        """Takes what it needs out of a model that transformers or `load` loaded.
 
         Raises:
             BimosError: the engine does not cover this model.
@@ -100,14 +116,12 @@ class Engine:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, threads: int | None = None) -> Self:
-        """An engine for a packed checkpoint.
+        """An engine for a packed checkpoint, whose files are mapped: nothing but what decoding reads in another order is copied.
 
         Raises:
             BimosError: no such checkpoint, a corrupt one, or one that the engine does not cover.
         """
-        from bimos.models import load_model, load_tokenizer
-
-        return cls(load_model(directory), load_tokenizer(directory), threads)
+        return cls(load(directory), load_tokenizer(directory), threads)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits `[len(ids), vocabulary]`, float32, behind every token of a text.

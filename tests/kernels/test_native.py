@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from torch import Tensor
 
 from bimos import BimosError
@@ -201,6 +202,16 @@ def test_int8_linear(level: str, dtype: torch.dtype, tokens: int) -> None:
     expected = x.double() @ (weight.double() * scale.double()).T + (0 if bias is None else bias.double())
     y = int8_linear(x, weight, scale, bias)
     assert y.dtype == dtype and relative_error(y, expected) < ERRORS[dtype]
+
+
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.13"), reason="the stable ABI hands messages on from 2.13")
+def test_what_the_reference_raises_is_said() -> None:
+    head = torch.zeros(8, 64, dtype=torch.int8), torch.ones(8, 1), None
+    with pytest.raises(RuntimeError, match="same dtype"):
+        torch.ops.bimos.int8_linear(torch.zeros(3, 64, dtype=torch.int64), *head)
+    planes = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        torch.ops.bimos.packed_linear(torch.zeros(3, 64), planes, torch.ones(2, 1, 32), None, None, None, None, None)
 
 
 def test_unknown_levels_are_refused() -> None:
