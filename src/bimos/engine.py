@@ -46,6 +46,8 @@ def refusal(model: Any) -> str | None:
         return f"no C++ kernels ({native.problem})"
     if config.model_type not in MODEL_TYPES:
         return f"architecture {config.model_type}"
+    if not all(isinstance(size, int) and 0 < size < 2**31 for size in (config.max_position_embeddings, config.vocab_size)):
+        return f"max_position_embeddings {config.max_position_embeddings!r}"
     if config.hidden_act != "silu":
         return f"activation {config.hidden_act}"
     rope = getattr(model.model.rotary_emb, "rope_type", "default")
@@ -109,7 +111,10 @@ class Engine:
         self.stop = set(stop if isinstance(stop, list) else [] if stop is None else [stop])
         tensors, numbers = _weights(model)
         epsilon, scale = float(model.config.rms_norm_eps), float(getattr(model.model.rotary_emb, "attention_scaling", 1.0))
-        self._id = torch.ops.bimos.engine_new(tensors, numbers, epsilon, scale, threads or torch.get_num_threads())
+        try:
+            self._id = torch.ops.bimos.engine_new(tensors, numbers, epsilon, scale, threads or torch.get_num_threads())
+        except RuntimeError as error:  # sizes that no model of `refusal` has
+            raise BimosError(f"the engine does not take this model: {str(error).splitlines()[0]}") from None
         weakref.finalize(self, torch.ops.bimos.engine_free, self._id)
         self._kept: list[int] = []
         self._choosing = threading.Lock()

@@ -90,6 +90,8 @@ class BimosQuantizer(HfQuantizer):
             verify_files(checkpoint_files)
             headers = read_headers(checkpoint_files)
         install_packed_modules(model, self.quantization_config, headers)
+        if headers is not None:
+            _check_complete(model, headers)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
@@ -138,6 +140,18 @@ def install_packed_modules(model: Any, config: BimosConfig, headers: dict[str, t
             replaced += quantize_embeddings(model)
     for name in replaced:
         model.get_submodule(name)._is_hf_initialized = True  # weight initialisation is to leave it alone
+
+
+def _check_complete(model: Any, headers: dict[str, tuple[tuple[int, ...], str]]) -> None:
+    """Raises BimosError: the files lack a tensor of the decoder, which would be drawn at random, or have it in another shape."""
+    base = model.base_model_prefix + "."
+    prefix = "" if hasattr(model, model.base_model_prefix) else base
+    for name, tensor in model.state_dict().items():
+        own = prefix + name
+        if own.startswith(base) and name not in (model.all_tied_weights_keys or {}):
+            expected, found = tuple(tensor.shape), headers.get(own, (None,))[0]
+            if found != expected:
+                raise BimosError(f"config.json and weights disagree on '{own}' ({expected} and {found}); copy the checkpoint again")
 
 
 def attach(model: Any, config: BimosConfig) -> None:

@@ -58,7 +58,7 @@ def weight_files(directory: str | Path) -> list[Path]:
         raise BimosError(f"'{directory}' has no model.safetensors: not a checkpoint, or an incomplete one; copy it again")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise BimosError(f"'{index}' is corrupt; copy the checkpoint again") from None
     return [directory / str(name) for name in names]
 
@@ -141,7 +141,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         if not Path(directory).is_dir():
             raise BimosError(f"no such model directory: '{directory}'") from None
         raise BimosError(f"'{directory}' has no config.json: not a model, or a save that was interrupted") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     raise BimosError(f"'{path}' is corrupt; copy the checkpoint again")
 
@@ -150,6 +150,17 @@ def is_packed(directory: str | Path) -> bool:
     """Whether a directory holds a checkpoint that bimos packed. Raises BimosError: it holds no model at all."""
     quantization = read_config(directory).get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == "bimos"
+
+
+def check_depth(directory: str | Path) -> None:
+    """Raises BimosError: a packed checkpoint's config has more blocks than its files can hold; building them could take for ever."""
+    if not is_packed(directory):
+        return
+    config, tensors = read_config(directory), len(read_headers(weight_files(directory)))
+    for key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
+        value = config.get(key)
+        if isinstance(value, int) and value > tensors:
+            raise BimosError(f"config.json says {key} {value:.4g}, and the weights are {tensors} tensors; copy the checkpoint again")
 
 
 def verify(directory: str | Path) -> None:

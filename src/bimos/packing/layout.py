@@ -110,13 +110,18 @@ def layout_of(values: Mapping[str, Any], name: str | None, bias: bool) -> Layout
     Raises:
         BimosError: it describes none that this version knows.
     """
-    modules = values.get("modules") or {}
-    if not isinstance(modules, Mapping):
-        raise BimosError("config.json does not describe packed linears (modules is no mapping); get the checkpoint again")
-    if name in modules:
+    modules = _modules(values)
+    if name is not None and name in modules:
         return Layout.from_dict(modules[name])
     shared = Layout.from_dict(values)
     return shared if bias else shared.without_bias()
+
+
+def _modules(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    modules = values.get("modules") or {}
+    if not isinstance(modules, Mapping):
+        raise BimosError("config.json does not describe packed linears (modules is no mapping); get the checkpoint again")
+    return modules
 
 
 def check_description(values: Mapping[str, Any]) -> None:
@@ -124,7 +129,7 @@ def check_description(values: Mapping[str, Any]) -> None:
     check_format_version(values.get("format_version"))
     if values.get("embedding_bits") not in (8, 16):
         raise BimosError(f"embedding_bits={values.get('embedding_bits')}: must be 8 or 16")
-    for name in (None, *(values.get("modules") or {})):
+    for name in (None, *_modules(values)):
         layout_of(values, name, True)
 
 
