@@ -8,6 +8,7 @@ A mutation changes config, header, shapes or bytes; checksums are then made anew
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -125,9 +126,9 @@ def _value(checkpoint: Checkpoint, choices: Choices) -> None:
         if action == 0:
             del node[key]
         elif action == 1:
-            node[key] = node[choices.of(sorted(node))]
+            node[key] = copy.deepcopy(node[choices.of(sorted(node))])
         else:
-            node[key] = choices.of(ABSURD)
+            node[key] = copy.deepcopy(choices.of(ABSURD))  # later changes may go into it
         return
 
 
@@ -143,11 +144,11 @@ def _entry(checkpoint: Checkpoint, choices: Choices) -> None:
     elif action == 1:
         entry["dtype"] = choices.of(DTYPES)
     elif action == 2:
-        entry["shape"] = [*entry["shape"][:-1], choices.of(ABSURD)]
+        entry["shape"] = [*entry["shape"][:-1], copy.deepcopy(choices.of(ABSURD))]
     elif action == 3:
         entry["data_offsets"][choices.below(2)] = choices.of([0, 1, -1, 2**40, 2**64, len(checkpoint.body), None])
     elif action == 4:
-        checkpoint.header[choices.of(sorted(checkpoint.header))] = entry
+        checkpoint.header[choices.of(sorted(checkpoint.header))] = copy.deepcopy(entry)
     else:
         checkpoint.header[f"{name}x"] = checkpoint.header.pop(name)
 

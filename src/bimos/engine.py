@@ -15,6 +15,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -83,12 +84,13 @@ def load(directory: str | Path) -> Any:
     Raises:
         BimosError: no such checkpoint, or a corrupt one.
     """
-    try:
-        return mapped.load(directory)
-    except Unknown:
-        from bimos.models import load_model
+    path = Path(directory).expanduser()
+    if (path / "config.json").is_file():
+        with suppress(Unknown):
+            return mapped.load(path)
+    from bimos.models import load_model
 
-        return load_model(directory)
+    return load_model(directory)
 
 
 class Engine:

@@ -25,7 +25,7 @@ def load_tokenizer(directory: str | Path) -> Any:
     Raises:
         BimosError: there is none, or it is damaged.
     """
-    quick = FileTokenizer.of(Path(directory))
+    quick = FileTokenizer.of(Path(directory).expanduser())
     if quick is not None:
         return quick
     from bimos.models import load_tokenizer as load

@@ -123,10 +123,10 @@ def _load(model: str, seed: int | None) -> tuple[Any, Any]:
     from bimos.packing.family import Unknown
     from bimos.tokens import load_tokenizer
 
-    quick = None
-    if Path(model, "config.json").is_file() and not torch.cuda.is_available():
+    quick, path = None, Path(model).expanduser()
+    if (path / "config.json").is_file() and not torch.cuda.is_available():
         with suppress(Unknown):
-            quick = mapped.load(model)
+            quick = mapped.load(path)
     if quick is not None and is_engine_model(quick):
         tokenizer = load_tokenizer(model)
         return Engine(quick, tokenizer), tokenizer
