@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from bimos.kernels import native
-from fuzzing import Checkpoint, load_both, make_seeds, one
+from fuzzing import load_both, make_seeds, one
+from mutations import Checkpoint
 
 pytestmark = pytest.mark.skipif(native.isa() is None, reason=f"no C++ kernels: {native.problem}")
 
