@@ -234,3 +234,12 @@ def test_opcheck_and_compile() -> None:
     layer = PackedLinear.from_tensors({name: t for name, t in tensors.items() if t is not None})
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e-36])
+def test_int8_linear_of_what_it_cannot_scale(level: str, value: float) -> None:
+    native.use_isa(level)
+    x = torch.full((1, 1024), value)
+    y = int8_linear(x, torch.full((5, 1024), 3, dtype=torch.int8), torch.full((5, 1), 0.01).half())
+    assert y.isfinite().all() and y.abs().max() < 1e-30 if value < 1 else not y.isfinite().any()
