@@ -4,6 +4,7 @@
 #   make test        lint, type check and tests
 #   make test-slow   the tests that need a real model or minutes of work
 #   make sanitize    the kernels' tests under AddressSanitizer and UBSan
+#   make fuzz        damaged checkpoints for the loaders, for FUZZ_SECONDS=60
 #   make emulate     the kernels on emulated older processors
 #
 # On Linux, torch from PyPI is the CUDA build (it runs on a CPU too, but is large). Where pip knows an index or a folder with
@@ -16,6 +17,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
+FUZZ_SECONDS := 60
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
 REQUIREMENTS := pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
@@ -25,7 +27,7 @@ BUILD_NEEDS := rm -f src/bimos/kernels/_native.so && $(PIP_INSTALL) --quiet torc
 CMAKE := $(BIN)/cmake -S csrc -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 CMAKE_BUILD := $(BIN)/cmake --build
 
-.PHONY: help install dev demo test lint typecheck format test-slow sanitize emulate clean
+.PHONY: help install dev demo test lint typecheck format test-slow sanitize fuzz emulate clean
 
 help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,7 +73,14 @@ test-slow: $(VENV)/.installed-dev  ## the tests that need a real model or minute
 sanitize: $(VENV)/.installed-dev  ## the kernels' tests with AddressSanitizer and UBSan
 	$(CMAKE) -B build/sanitize -DBIMOS_SANITIZE=ON && $(CMAKE_BUILD) build/sanitize --target native
 	BIMOS_NATIVE=$(CURDIR)/build/sanitize/_native.so ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" $(BIN)/pytest tests/kernels tests/methods/test_mixing.py tests/test_engine.py -k "not compile"
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" $(BIN)/pytest tests/kernels tests/methods/test_mixing.py tests/test_engine.py \
+		tests/test_direct.py tests/test_fuzzing.py -k "not compile and not starts_without"
+
+fuzz: $(VENV)/.installed-dev  ## damaged checkpoints for the loaders for FUZZ_SECONDS=60, guided by coverage (Linux; atheris)
+	$(PIP_INSTALL) --quiet --no-build-isolation -e '.[fuzz]'
+	mkdir -p build/fuzz/corpus
+	cd build/fuzz && PYTHONPATH=$(CURDIR)/tests HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error $(CURDIR)/$(BIN)/python $(CURDIR)/tests/fuzzing.py \
+		corpus -max_total_time=$(FUZZ_SECONDS) -timeout=60 -rss_limit_mb=4096 -max_len=120 -len_control=0
 
 emulate: $(VENV)/.installed  ## every level of the kernels on emulated older processors (needs qemu-user)
 	$(CMAKE) -B build/emulate && $(CMAKE_BUILD) build/emulate --target levels

@@ -123,8 +123,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     parts = [*(quality(folder) for folder in sorted(RESULTS.glob("quality-*"), reverse=True)), sizes(), kernels(), peers()]
-
-    parts = [*(quality(folder) for folder in sorted(RESULTS.glob("quality-*"), reverse=True)), sizes(), peers()]
+    tables = "\n\n".join(part for part in parts if part)
     filled = MARKED.sub(lambda match: f"{match[1]}\n{tables}\n\n{match[2]}", text)
     if arguments.check:
         sys.exit(filled != text)

@@ -268,11 +268,11 @@ TARGET void int8_prepare(const float* x, int64_t n, uint8_t* prepared) {
     most = _mm512_max_ps(most, value);
   }
   const float largest = _mm512_reduce_max_ps(most) + _mm512_reduce_add_ps(strange);  // NaN where any value is not finite
-  const __m512 inverse = _mm512_set1_ps(largest > 0 ? kLargest / largest : 0.0F);
+  const __m512 inverse = _mm512_set1_ps(largest > 1e-30F ? kLargest / largest : 0.0F);  // finite: below, all is next to nothing
   auto *high = prepared + sizeof(Split), *low = high + ceil_div(n, 64) * 64;
   __m512i sum = _mm512_setzero_si512();
   for (int64_t j = 0; j < ceil_div(n, 64) * 64; j += 16) {
-    const __mmask16 mask = n > j ? first_lanes(n - j) : static_cast<__mmask16>(0);
+    const __mmask16 mask = n > j && largest == largest ? first_lanes(n - j) : static_cast<__mmask16>(0);  // NaN: its scale says all
     const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(inverse, _mm512_maskz_loadu_ps(mask, x + j)));
     const __m512i upper = _mm512_srai_epi32(value, 8);
     sum = _mm512_add_epi32(sum, upper);

@@ -1,7 +1,4 @@
 // The ops of bimos/kernels/ops.py on a CPU, through LibTorch's stable ABI: checks, pointers, threads. The work is in linear.cpp.
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,11 +7,16 @@
 
 #include <array>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "engine/memory.h"
 #include "tensors.h"
 #include "tiles.h"
+
+// Of torch 2.13, and null before: the message of what the last call threw.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace bimos {
 
@@ -48,15 +50,6 @@ const Level* level_for(int64_t in, int64_t block) {
   return nullptr;
 }
 
-// Before it is first written to. Rows that come from memory are read whole: small pages would have to be looked up one by one.
-void ask_for_large_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t kPage = uintptr_t{1} << 21;
-  const auto begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage, end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 Tensor tile(const Tensor& weight, const Optional& scale_group) {
   STD_TORCH_CHECK(weight.dim() == 3 && weight.scalar_type() == ScalarType::Byte, "weight must be uint8 [planes, out, in/8]");
   const Tensor bits = compact(weight);
@@ -80,9 +73,15 @@ Tensor tile(const Tensor& weight, const Optional& scale_group) {
   return result;
 }
 
+void call(const char* op, StableIValue* stack) {
+  if (torch_call_dispatcher(op, "", stack, TORCH_ABI_VERSION) == TORCH_SUCCESS) return;
+  const char* what = torch_exception_get_what_without_backtrace == nullptr ? nullptr : torch_exception_get_what_without_backtrace();
+  throw std::runtime_error(what != nullptr && *what != '\0' ? std::string(what) : std::string(op) + " failed");
+}
+
 namespace {
 
-constexpr int64_t kFewTokens = 16;
+constexpr int64_t kFewTokens = 16;  // more go to torch's own products of dequantised rows, which are faster then
 
 const Pool& pool() {
   static thread_local Pool mine{1, [](int64_t tasks, void (*task)(int64_t, void*), void* context) {
@@ -105,7 +104,7 @@ Tensor reference(const Tensor& x, const Tensor& weight, const Optional& scale_in
                  const Optional& scale_group, const Optional& bias) {
   using torch::stable::detail::from;
   std::array<StableIValue, 7> stack{from(x), from(weight), from(scale_in), from(scale_out), from(router), from(scale_group), from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("bimos::packed_linear_reference", "", stack.data(), TORCH_ABI_VERSION));
+  call("bimos::packed_linear_reference", stack.data());
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -169,10 +168,10 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, c
   STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == in, "x has ", x.dim() > 0 ? x.size(x.dim() - 1) : 0, " features, the head ", in);
   STD_TORCH_CHECK(scale.numel() == out && (!bias || bias->numel() == out), "scale or bias does not fit the head");
   const std::optional<Dtype> dtype = dtype_of(x);
-  if (!dtype || x.numel() == 0 || x.numel() / in > kFewTokens) {  // many tokens: torch's own products of dequantised rows are faster
+  if (!dtype || x.numel() == 0 || x.numel() / in > kFewTokens) {
     using torch::stable::detail::from;
     std::array<StableIValue, 4> stack{from(x), from(weight), from(scale), from(bias)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("bimos::int8_linear_reference", "", stack.data(), TORCH_ABI_VERSION));
+    call("bimos::int8_linear_reference", stack.data());
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
   const Tensor values = compact(x), rows = compact(weight), factors = as_float(scale);

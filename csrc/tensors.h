@@ -28,10 +28,10 @@ int64_t block_of(const Tensor& weight, const Optional& scale_group);
 // The level in use, or the one below it where groups are too narrow for its steps; null where they fit none.
 const Level* level_for(int64_t in, int64_t block);
 
-// Asks the system to back this memory with large pages; nothing happens where it cannot.
-void ask_for_large_pages(void* data, size_t bytes);
-
 // Planes uint8 [planes, out, in/8] and group scales float16 [planes, out, in/g] in the layout of `level_for`; empty without one.
 Tensor tile(const Tensor& weight, const Optional& scale_group);
+
+// Calls an op of Python's: arguments on the stack, results there afterwards. What it raises is raised here.
+void call(const char* op, StableIValue* stack);
 
 }  // namespace bimos

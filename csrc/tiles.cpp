@@ -6,10 +6,10 @@
 namespace bimos {
 namespace {
 
-// The four bits of inputs 4*nibble.. of a row.
-inline uint8_t nibble_of(const uint8_t* row, int64_t in, int64_t nibble) {
-  if (nibble * 4 >= in) return 0;
-  return static_cast<uint8_t>(row[nibble / 2] >> (nibble % 2 * 4) & 0xf);
+// Four nibbles, each in a byte of its own.
+inline uint32_t spread(uint32_t bits) {
+  bits = (bits | bits << 8) & 0x00ff00ff;
+  return (bits | bits << 4) & 0x0f0f0f0f;
 }
 
 void step_rows32(const uint8_t* bits, int64_t first_row, int64_t out, int64_t in, int64_t input, uint8_t* to) {
@@ -27,12 +27,12 @@ void step_rows64(const uint8_t* bits, int64_t first_row, int64_t out, int64_t in
       std::memset(bytes, 0, 4);
       continue;
     }
-    const uint8_t* source = bits + row * (in / 8);
-    for (int64_t p = 0; p < 4; ++p) {
-      const uint8_t low = nibble_of(source, in, input / 4 + p);
-      const uint8_t high = nibble_of(source, in, input / 4 + 4 + p);
-      bytes[p] = static_cast<uint8_t>(low | high << 4);
-    }
+    const uint8_t* source = bits + row * (in / 8) + input / 8;
+    const int64_t there = std::min<int64_t>(4, (in - input) / 8);
+    uint32_t signs = 0;
+    for (int64_t b = 0; b < there; ++b) signs |= uint32_t{source[b]} << 8 * b;
+    const uint32_t nibbles = spread(signs & 0xffff) | spread(signs >> 16) << 4;
+    for (int p = 0; p < 4; ++p) bytes[p] = static_cast<uint8_t>(nibbles >> 8 * p);
   }
 }
 

@@ -71,7 +71,7 @@ struct Token {
 
 class Reader {
  public:
-  Reader(Model model, int threads);
+  Reader(Model model, Team& team);  // which outlives it
 
   const Model& model() const { return model_; }
   Team& team() { return team_; }
@@ -88,7 +88,7 @@ class Reader {
 
   Model model_;
   const Level& level_;  // that the tiles were made for
-  Team team_;
+  Team& team_;
   std::vector<float> x_, query_, key_, value_, mixed_, inner_, other_, part_, cosine_, sine_;
 };
 

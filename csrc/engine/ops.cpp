@@ -1,15 +1,13 @@
 // The engine as ops: `bimos/engine.py` is their only caller.
 #include <algorithm>
 #include <array>
-#include <cstdlib>
-#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
 
 #include "../tensors.h"
-#include "../tiles.h"
+#include "loading.h"
 #include "model.h"
 #include "sampler.h"
 
@@ -23,21 +21,9 @@ struct Told {
   std::vector<int64_t> ids;
 };
 
-// Memory in large pages where the system has them: a head is read whole for every token, and small pages would be looked up each time.
-using Memory = std::unique_ptr<void, decltype(&std::free)>;
-
-Memory large_pages(size_t bytes) {
-  constexpr size_t kPage = size_t{1} << 21;
-  const size_t size = (bytes + kPage - 1) / kPage * kPage;
-  Memory memory(std::aligned_alloc(kPage, size), &std::free);
-  STD_TORCH_CHECK(memory != nullptr, "engine: no memory for ", size, " bytes");
-  ask_for_large_pages(memory.get(), size);
-  return memory;
-}
-
 struct Engine {
-  std::vector<Tensor> held;
-  std::vector<Memory> memory;
+  Weights weights;
+  std::unique_ptr<Team> team;
   std::unique_ptr<Reader> reader;
   std::map<int64_t, Told> sequences;
   int64_t next = 0;
@@ -62,134 +48,12 @@ Told& sequence_of(Engine& engine, int64_t id) {
   return found->second;
 }
 
-// Takes tensors and numbers off lists in the order in which bimos/engine.py puts them on.
-class Reading {
- public:
-  Reading(std::vector<Tensor> tensors, std::vector<int64_t> numbers, Engine& engine)
-      : tensors_(std::move(tensors)), numbers_(std::move(numbers)), held_(engine.held), memory_(engine.memory) {}
-
-  int64_t number() {
-    STD_TORCH_CHECK(number_ < numbers_.size(), "engine: too few numbers");
-    return numbers_[number_++];
-  }
-
-  Tensor tensor() {
-    STD_TORCH_CHECK(tensor_ < tensors_.size(), "engine: too few tensors");
-    return tensors_[tensor_++];
-  }
-
-  // The values of the next tensor, null where it is empty.
-  const void* values(ScalarType type, int64_t size, const char* what) {
-    const Tensor next = tensor();
-    if (next.numel() == 0) return nullptr;
-    STD_TORCH_CHECK(next.scalar_type() == type && next.numel() == size, "engine: ", what, " has another dtype or shape than it should");
-    held_.push_back(compact(next));
-    return held_.back().const_data_ptr();
-  }
-
-  const float* floats(int64_t size, const char* what) { return static_cast<const float*>(values(ScalarType::Float, size, what)); }
-  const uint16_t* halves(int64_t size, const char* what) { return static_cast<const uint16_t*>(values(ScalarType::Half, size, what)); }
-
-  Table table(int64_t rows, int64_t n, const char* what, bool copy) {
-    const Tensor weight = tensor();
-    STD_TORCH_CHECK(weight.numel() == rows * n, "engine: ", what, " has another shape than it should");
-    held_.push_back(compact(weight));
-    Table table{held_.back().const_data_ptr(), nullptr, Dtype::float32};
-    if (weight.scalar_type() == ScalarType::Char) {
-      if (copy) {
-        memory_.push_back(large_pages(static_cast<size_t>(rows * n)));
-        std::memcpy(memory_.back().get(), table.rows, static_cast<size_t>(rows * n));
-        table.rows = memory_.back().get();
-        held_.pop_back();
-      }
-      table.scale = floats(rows, what);
-      STD_TORCH_CHECK(table.scale != nullptr, "engine: ", what, " has no scale");
-      return table;
-    }
-    const std::optional<Dtype> dtype = dtype_of(weight);
-    STD_TORCH_CHECK(dtype.has_value(), "engine: ", what, " has a dtype that it cannot read");
-    table.dtype = *dtype;
-    tensor();  // of the scale, empty
-    return table;
-  }
-
-  Linear linear(int64_t in, int64_t out) {
-    const Tensor weight = tensor();
-    STD_TORCH_CHECK(weight.dim() == 3 && weight.scalar_type() == ScalarType::Byte && weight.size(1) == out && 8 * weight.size(2) == in,
-                    "engine: the planes of a linear have another shape than the model's config says");
-    const int64_t planes = weight.size(0), experts = number();
-    Linear linear{};
-    linear.in = in;
-    linear.out = out;
-    linear.planes = planes;
-    linear.experts = experts;
-    linear.scale_in = halves(planes * experts * in, "scale_in");
-    linear.scale_out = halves(planes * experts * out, "scale_out");
-    linear.router = halves(experts * in, "router");
-    STD_TORCH_CHECK(experts == 1 || linear.router != nullptr, "engine: several experts and no router");
-    const Tensor groups = tensor();
-    Optional scale_group;
-    if (groups.numel() != 0) scale_group = groups;
-    linear.grouped = scale_group.has_value();
-    linear.block = block_of(weight, scale_group);
-    STD_TORCH_CHECK(level_for(in, linear.block) == &level(), "engine: groups of ", linear.block, " inputs are too narrow for it");
-    held_.push_back(tile(weight, scale_group));
-    linear.tiles = static_cast<const uint8_t*>(held_.back().const_data_ptr());
-    const Tensor bias = tensor();
-    if (bias.numel() != 0) {
-      STD_TORCH_CHECK(bias.numel() == out && dtype_of(bias), "engine: a bias has another dtype or shape than it should");
-      linear.bias_dtype = *dtype_of(bias);
-      held_.push_back(compact(bias));
-      linear.bias = held_.back().const_data_ptr();
-    }
-    return linear;
-  }
-
- private:
-  std::vector<Tensor> tensors_;
-  std::vector<int64_t> numbers_;
-  std::vector<Tensor>& held_;
-  std::vector<Memory>& memory_;
-  size_t tensor_ = 0, number_ = 0;
-};
-
 int64_t engine_new(std::vector<Tensor> tensors, std::vector<int64_t> numbers, double epsilon, double rope_scale, int64_t threads) {
   STD_TORCH_CHECK(threads >= 1 && threads <= 1024, "engine: ", threads, " threads");
   auto engine = std::make_shared<Engine>();
-  Reading reading(std::move(tensors), std::move(numbers), *engine);
-  Model model{};
-  Shape& shape = model.shape;
-  for (int64_t* field : {&shape.vocabulary, &shape.hidden, &shape.heads, &shape.key_heads, &shape.head, &shape.inner, &shape.positions}) {
-    *field = reading.number();
-    STD_TORCH_CHECK(*field > 0 && *field < (int64_t{1} << 32), "engine: a size of ", *field);
-  }
-  STD_TORCH_CHECK(shape.heads % shape.key_heads == 0 && shape.head % 2 == 0, "engine: heads do not divide");
-  shape.epsilon = static_cast<float>(epsilon);
-  shape.rope_scale = static_cast<float>(rope_scale);
-  const int64_t blocks = reading.number(), queries = shape.heads * shape.head, keys = shape.key_heads * shape.head;
-  model.embedding = reading.table(shape.vocabulary, shape.hidden, "the embedding", false);
-  model.head = reading.table(shape.vocabulary, shape.hidden, "the head", true);
-  model.norm = reading.floats(shape.hidden, "the last norm");
-  model.frequency = reading.floats(shape.head / 2, "the rotary embedding");
-  STD_TORCH_CHECK(model.norm != nullptr && model.frequency != nullptr, "engine: a norm or the rotary embedding is missing");
-  for (int64_t i = 0; i < blocks; ++i) {
-    Block block{};
-    block.window = reading.number();
-    block.input_norm = reading.floats(shape.hidden, "a norm");
-    block.inner_norm = reading.floats(shape.hidden, "a norm");
-    STD_TORCH_CHECK(block.input_norm != nullptr && block.inner_norm != nullptr, "engine: a norm is missing");
-    block.query_norm = reading.floats(shape.head, "a norm of queries");
-    block.key_norm = reading.floats(shape.head, "a norm of keys");
-    block.query = reading.linear(shape.hidden, queries);
-    block.key = reading.linear(shape.hidden, keys);
-    block.value = reading.linear(shape.hidden, keys);
-    block.output = reading.linear(queries, shape.hidden);
-    block.gate = reading.linear(shape.hidden, shape.inner);
-    block.up = reading.linear(shape.hidden, shape.inner);
-    block.down = reading.linear(shape.inner, shape.hidden);
-    model.blocks.push_back(block);
-  }
-  engine->reader = std::make_unique<Reader>(std::move(model), static_cast<int>(threads));
+  engine->team = std::make_unique<Team>(static_cast<int>(threads));
+  Model model = load(std::move(tensors), std::move(numbers), epsilon, rope_scale, *engine->team, engine->weights);
+  engine->reader = std::make_unique<Reader>(std::move(model), *engine->team);
   const std::lock_guard<std::mutex> guard(engines_lock);
   engines[next_engine] = std::move(engine);
   return next_engine++;

@@ -77,7 +77,7 @@ struct Reader::Work {
   }
 };
 
-Reader::Reader(Model model, int threads) : model_(std::move(model)), level_(level()), team_(threads) {}
+Reader::Reader(Model model, Team& team) : model_(std::move(model)), level_(level()), team_(team) {}
 
 void Reader::rank_main(int rank, void* context) {
   Work& work = *static_cast<Work*>(context);

@@ -2,6 +2,8 @@
 
 #include <unistd.h>
 
+#include <utility>
+
 namespace bimos {
 namespace {
 
@@ -59,22 +61,40 @@ void Team::run(void (*task)(int, void*), void* context) {
   done_.store(0, std::memory_order_relaxed);
   call_.fetch_add(1, std::memory_order_release);
   call_.notify_all();
-  task(0, context);
+  attempt(0);
   const auto others = static_cast<uint32_t>(size_ - 1);
   for (uint32_t done = done_.load(std::memory_order_acquire); done != others; done = done_.load(std::memory_order_acquire)) {
     wait_while(done_, done);
+  }
+  if (!failed_.load(std::memory_order_relaxed)) return;
+  arrived_.store(0, std::memory_order_relaxed);
+  failed_.store(false, std::memory_order_relaxed);
+  std::rethrow_exception(std::exchange(error_, nullptr));
+}
+
+void Team::attempt(int rank) {
+  try {
+    task_(rank, context_);
+  } catch (const Abandoned&) {
+  } catch (...) {
+    if (failed_.exchange(true)) return;  // another rank was first
+    error_ = std::current_exception();
+    meeting_.fetch_add(1, std::memory_order_release);  // after `failed_`: who sees the new number sees that, too
+    meeting_.notify_all();
   }
 }
 
 void Team::meet() {
   if (size_ == 1) return;
-  const uint32_t meeting = meeting_.load(std::memory_order_relaxed);
+  const uint32_t meeting = meeting_.load(std::memory_order_acquire);
+  if (failed_.load(std::memory_order_relaxed)) throw Abandoned();
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(size_)) {
     arrived_.store(0, std::memory_order_relaxed);
     meeting_.fetch_add(1, std::memory_order_release);
     meeting_.notify_all();
   } else {
     wait_while(meeting_, meeting);
+    if (failed_.load(std::memory_order_relaxed)) throw Abandoned();
   }
 }
 
@@ -84,7 +104,7 @@ void Team::work(int rank) {
     wait_while(call_, seen);
     ++seen;
     if (stop_.load()) return;
-    task_(rank, context_);
+    attempt(rank);
     done_.fetch_add(1, std::memory_order_acq_rel);
     done_.notify_one();
   }

@@ -15,6 +15,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,10 +25,12 @@ from torch import Tensor
 from bimos.errors import BimosError
 from bimos.generation import Sampling, Streamer
 from bimos.kernels import native
+from bimos.packing import mapped
 from bimos.packing.embedding import Int8Embedding, Int8Head, TiedInt8Head
+from bimos.packing.family import MODEL_TYPES, Unknown
 from bimos.packing.linear import PackedLinear
+from bimos.tokens import load_tokenizer
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROTARY_TYPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length
 SETTINGS = (  # of transformers' generate, that change what is said and that the engine does not have
     *("no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "min_new_tokens", "min_length", "sequence_bias"),
@@ -44,6 +47,8 @@ def refusal(model: Any) -> str | None:
         return f"no C++ kernels ({native.problem})"
     if config.model_type not in MODEL_TYPES:
         return f"architecture {config.model_type}"
+    if not all(isinstance(size, int) and 0 < size < 2**31 for size in (config.max_position_embeddings, config.vocab_size)):
+        return f"max_position_embeddings {config.max_position_embeddings!r}"
     if config.hidden_act != "silu":
         return f"activation {config.hidden_act}"
     rope = getattr(model.model.rotary_emb, "rope_type", "default")
@@ -73,11 +78,26 @@ def is_engine_model(model: Any) -> bool:
     return refusal(model) is None
 
 
+def load(directory: str | Path) -> Any:
+    """What `Engine` takes, out of a checkpoint directory: mapped where its config is in the form that bimos writes, else loaded.
+
+    Raises:
+        BimosError: no such checkpoint, or a corrupt one.
+    """
+    path = Path(directory).expanduser()
+    if (path / "config.json").is_file():
+        with suppress(Unknown):
+            return mapped.load(path)
+    from bimos.models import load_model
+
+    return load_model(directory)
+
+
 class Engine:
     """A packed model ready to decode. Several threads may use it: their calls take turns."""
 
     def __init__(self, model: Any, tokenizer: Any = None, threads: int | None = None) -> None:
-        """Takes what it needs out of a model that transformers loaded.
+        """Takes what it needs out of a model that transformers or `load` loaded.
 
         Raises:
             BimosError: the engine does not cover this model.
@@ -93,21 +113,22 @@ class Engine:
         self.stop = set(stop if isinstance(stop, list) else [] if stop is None else [stop])
         tensors, numbers = _weights(model)
         epsilon, scale = float(model.config.rms_norm_eps), float(getattr(model.model.rotary_emb, "attention_scaling", 1.0))
-        self._id = torch.ops.bimos.engine_new(tensors, numbers, epsilon, scale, threads or torch.get_num_threads())
+        try:
+            self._id = torch.ops.bimos.engine_new(tensors, numbers, epsilon, scale, threads or torch.get_num_threads())
+        except RuntimeError as error:  # sizes that no model of `refusal` has
+            raise BimosError(f"the engine does not take this model: {str(error).splitlines()[0]}") from None
         weakref.finalize(self, torch.ops.bimos.engine_free, self._id)
         self._kept: list[int] = []
         self._choosing = threading.Lock()
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, threads: int | None = None) -> Self:
-        """An engine for a packed checkpoint.
+        """An engine for a packed checkpoint, whose files are mapped: nothing but what decoding reads in another order is copied.
 
         Raises:
             BimosError: no such checkpoint, a corrupt one, or one that the engine does not cover.
         """
-        from bimos.models import load_model, load_tokenizer
-
-        return cls(load_model(directory), load_tokenizer(directory), threads)
+        return cls(load(directory), load_tokenizer(directory), threads)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits `[len(ids), vocabulary]`, float32, behind every token of a text.

@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TextStreamer
 
 from bimos.errors import BimosError
-from bimos.evaluation.perplexity import maximum_context
 
 OnText = Callable[[str], None]
 
@@ -135,22 +133,51 @@ class Conversation:
         return self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
 
 
-class Streamer(TextStreamer):
-    """Hands text on as soon as it forms whole words."""
+class Streamer:
+    """Hands text on as soon as it forms whole words. As `transformers.TextStreamer` cuts it, whose import takes seconds."""
 
     def __init__(self, tokenizer: Any, on_text: OnText) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
+        self._tokenizer, self._on_text = tokenizer, on_text
+        self._ids: list[int] = []
+        self._shown = 0
+        self._begun = False
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+    def put(self, value: Tensor) -> None:
+        """The prompt first, which is skipped; then tokens as they come."""
+        if not self._begun:
+            self._begun = True
+            return
+        self._ids += value.flatten().tolist()
+        text = self._text()
+        whole = text.endswith("\n") or (text and _is_word_by_itself(text[-1]))
+        self._show(text[self._shown : None if whole else text.rfind(" ") + 1])
+        if text.endswith("\n"):
+            self._ids, self._shown = [], 0
+
+    def end(self) -> None:
+        self._show(self._text()[self._shown :])
+        self._ids, self._shown = [], 0
+
+    def _text(self) -> str:
+        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True) if self._ids else ""
+        return text
+
+    def _show(self, text: str) -> None:
+        self._shown += len(text)
         if text:
-            self.on_text(text)
+            self._on_text(text)
+
+
+def _is_word_by_itself(character: str) -> bool:
+    """Of the scripts without spaces: CJK ideographs."""
+    blocks = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
+    return any(first <= ord(character) <= last for first, last in blocks)
 
 
 def _room(model: Any, sampling: Sampling) -> int | None:
     """Tokens that a prompt may have; None where the model sets no limit. Raises BimosError where there is no room at all."""
-    limit = maximum_context(model)
-    if limit is None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 1:
         return None
     if limit <= sampling.max_new_tokens:
         raise BimosError(f"--max-new-tokens {sampling.max_new_tokens} leaves no room for a prompt: the model's context is {limit} tokens")

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import GgufConfig
 
 from bimos.errors import BimosError
+from bimos.packing.integrity import check_depth
 
 
 def _source(model: str | Path) -> tuple[str, dict[str, Any]]:
@@ -77,6 +78,8 @@ def load_model(model: str | Path, dtype: torch.dtype | str = "auto") -> PreTrain
     source, extra = _source(model)
     if extra:
         extra["quantization_config"] = GgufConfig(dequantize=True)
+    elif Path(source).is_dir():
+        check_depth(source)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
     except BimosError:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from torch import Tensor
 
 from bimos import BimosError
@@ -263,6 +264,16 @@ def test_int8_linear(level: str, dtype: torch.dtype, tokens: int) -> None:
     assert y.dtype == dtype and relative_error(y, expected) < ERRORS[dtype]
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.13"), reason="the stable ABI hands messages on from 2.13")
+def test_what_the_reference_raises_is_said() -> None:
+    head = torch.zeros(8, 64, dtype=torch.int8), torch.ones(8, 1), None
+    with pytest.raises(RuntimeError, match="same dtype"):
+        torch.ops.bimos.int8_linear(torch.zeros(3, 64, dtype=torch.int64), *head)
+    planes = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        torch.ops.bimos.packed_linear(torch.zeros(3, 64), planes, torch.ones(2, 1, 32), None, None, None, None, None)
+
+
 def test_unknown_levels_are_refused() -> None:
     with pytest.raises(BimosError, match="known: scalar, avx2, avx512"):
         native.use_isa("sse")
@@ -284,3 +295,12 @@ def test_opcheck_and_compile() -> None:
     layer = PackedLinear.from_tensors({name: t for name, t in tensors.items() if t is not None})
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e-36])
+def test_int8_linear_of_what_it_cannot_scale(level: str, value: float) -> None:
+    native.use_isa(level)
+    x = torch.full((1, 1024), value)
+    y = int8_linear(x, torch.full((5, 1024), 3, dtype=torch.int8), torch.full((5, 1), 0.01).half())
+    assert y.isfinite().all() and y.abs().max() < 1e-30 if value < 1 else not y.isfinite().any()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -114,15 +116,27 @@ def _say(piece: str, out: Any = None) -> None:
 
 
 def _load(model: str, seed: int | None) -> tuple[Any, Any]:
-    quiet()
     import torch
-    import transformers
 
     from bimos.engine import Engine, is_engine_model
-    from bimos.models import load_model, load_tokenizer
+    from bimos.packing import mapped
+    from bimos.packing.family import Unknown
+    from bimos.tokens import load_tokenizer
 
-    loaded: Any = load_model(model)
-    tokenizer = load_tokenizer(model)
+    quick, path = None, Path(model).expanduser()
+    if (path / "config.json").is_file() and not torch.cuda.is_available():
+        with suppress(Unknown):
+            quick = mapped.load(path)
+    if quick is not None and is_engine_model(quick):
+        tokenizer = load_tokenizer(model)
+        return Engine(quick, tokenizer), tokenizer
+    quiet()
+    import transformers
+
+    from bimos import models
+
+    loaded: Any = models.load_model(model)
+    tokenizer = models.load_tokenizer(model)
     if seed is not None:
         transformers.set_seed(seed)
     if torch.cuda.is_available():

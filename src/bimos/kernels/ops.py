@@ -14,8 +14,6 @@ from torch import Tensor
 
 from bimos.kernels import reference
 
-FEW_TOKENS = 16
-
 torch.library.define(
     "bimos::packed_linear",
     "(Tensor x, Tensor weight, Tensor? scale_in, Tensor? scale_out, Tensor? router, Tensor? scale_group, Tensor? bias, "
@@ -107,7 +105,5 @@ def packed_linear(
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """The product of `x [..., in]` with an int8 matrix scaled by row; see `bimos.kernels.reference.int8_linear`."""
     differentiable = torch.is_grad_enabled() and x.requires_grad
-    # On a CPU, torch's own products of dequantised rows are the faster way for many tokens.
-    many = x.device.type == "cpu" and x.shape[:-1].numel() > FEW_TOKENS
-    op = reference.int8_linear if differentiable or many else torch.ops.bimos.int8_linear
+    op = reference.int8_linear if differentiable else torch.ops.bimos.int8_linear
     return op(x, weight, scale, bias)

@@ -20,8 +20,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bimos.errors import BimosError
 from bimos.packing.embedding import quantize_embeddings
-from bimos.packing.integrity import DTYPES, FORMAT_VERSION, METADATA_KEY, check_format_version, checksums, read_headers, verify_files
-from bimos.packing.layout import Layout, common_layout
+from bimos.packing.integrity import FORMAT_VERSION, METADATA_KEY, checksums, read_headers, verify_files
+from bimos.packing.layout import Layout, check_description, common_layout, compare, layout_of
 from bimos.packing.linear import PackedLinear
 
 
@@ -57,7 +57,6 @@ class BimosConfig(QuantizationConfigMixin):
         **extra: Any,
     ) -> None:
         """Raises BimosError: a newer format, or layouts that this version cannot read."""
-        check_format_version(format_version)
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version
         self.method = method
@@ -68,18 +67,11 @@ class BimosConfig(QuantizationConfigMixin):
         self.embedding_bits = embedding_bits
         self.card = card or {}
         self.__dict__.update(extra)  # a key that we do not know must survive a re-save
-        if embedding_bits not in (8, 16):
-            raise BimosError(f"embedding_bits={embedding_bits}: must be 8 or 16")
-        self.layout(None, True)
-        for name in self.modules:
-            self.layout(name, True)
+        check_description(self.__dict__)
 
     def layout(self, name: str | None, bias: bool) -> Layout:
         """The layout of linear `name`, which has a bias in the original model or not."""
-        if name in self.modules:
-            return Layout.from_dict(self.modules[name])
-        shared = Layout.from_dict(self.__dict__)
-        return shared if bias else shared.without_bias()
+        return layout_of(self.__dict__, name, bias)
 
 
 @register_quantizer("bimos")
@@ -98,6 +90,8 @@ class BimosQuantizer(HfQuantizer):
             verify_files(checkpoint_files)
             headers = read_headers(checkpoint_files)
         install_packed_modules(model, self.quantization_config, headers)
+        if headers is not None:
+            _check_complete(model, headers)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
@@ -137,10 +131,10 @@ def install_packed_modules(model: Any, config: BimosConfig, headers: dict[str, t
     with torch.device("meta"):
         for name, linear in linears:
             layout = config.layout(prefix + name, linear.bias is not None)
-            packed = PackedLinear.empty(layout.shapes(linear.in_features, linear.out_features))
+            shapes = layout.shapes(linear.in_features, linear.out_features)
             if headers is not None:
-                _compare(prefix + name, packed, headers)
-            model.set_submodule(name, packed)
+                compare(prefix + name, shapes, headers)
+            model.set_submodule(name, PackedLinear.empty(shapes))
         replaced = [name for name, _ in linears]
         if config.embedding_bits == 8:
             replaced += quantize_embeddings(model)
@@ -148,11 +142,16 @@ def install_packed_modules(model: Any, config: BimosConfig, headers: dict[str, t
         model.get_submodule(name)._is_hf_initialized = True  # weight initialisation is to leave it alone
 
 
-def _compare(name: str, packed: PackedLinear, headers: dict[str, tuple[tuple[int, ...], str]]) -> None:
-    for key, tensor in packed.tensors().items():
-        expected, found = (tuple(tensor.shape), DTYPES[tensor.dtype]), headers.get(f"{name}.{key}")
-        if found != expected:
-            raise BimosError(f"config.json and weights disagree on '{name}.{key}' ({expected} and {found}); copy the checkpoint again")
+def _check_complete(model: Any, headers: dict[str, tuple[tuple[int, ...], str]]) -> None:
+    """Raises BimosError: the files lack a tensor of the decoder, which would be drawn at random, or have it in another shape."""
+    base = model.base_model_prefix + "."
+    prefix = "" if hasattr(model, model.base_model_prefix) else base
+    for name, tensor in model.state_dict().items():
+        own = prefix + name
+        if own.startswith(base) and name not in (model.all_tied_weights_keys or {}):
+            expected, found = tuple(tensor.shape), headers.get(own, (None,))[0]
+            if found != expected:
+                raise BimosError(f"config.json and weights disagree on '{own}' ({expected} and {found}); copy the checkpoint again")
 
 
 def attach(model: Any, config: BimosConfig) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def weight_files(directory: str | Path) -> list[Path]:
         raise BimosError(f"'{directory}' has no model.safetensors: not a checkpoint, or an incomplete one; copy it again")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise BimosError(f"'{index}' is corrupt; copy the checkpoint again") from None
     return [directory / str(name) for name in names]
 
@@ -83,9 +84,19 @@ def verify_files(paths: Iterable[str | Path]) -> None:
     Raises:
         BimosError: a file is missing, truncated or corrupt, or has no checksums.
     """
+    tensors_of(paths)
+
+
+def tensors_of(paths: Iterable[str | Path]) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by name, compared with their checksums: views of the mapped files, not to be written to.
+
+    Raises:
+        BimosError: see `verify_files`.
+    """
     files = [Path(path) for path in paths]
     expected: str | None = None
-    actual: dict[str, tuple[str, Path]] = {}
+    tensors: dict[str, Tensor] = {}
+    origin: dict[str, Path] = {}
     for file in files:
         with _open(file) as weights:
             stored = (weights.metadata() or {}).get(METADATA_KEY)
@@ -95,16 +106,24 @@ def verify_files(paths: Iterable[str | Path]) -> None:
                 raise BimosError(f"'{file}' does not belong to the files beside it; copy the checkpoint again")
             expected = stored
             try:
-                actual.update((name, (checksum(name, weights.get_tensor(name)), file)) for name in weights.keys())  # noqa: SIM118
+                tensors.update((name, weights.get_tensor(name)) for name in weights.keys())  # noqa: SIM118
             except SafetensorError as error:
                 raise _corrupt(file, error) from None
-    if expected is None or len(expected) != 8 * len(actual):
+            origin.update(dict.fromkeys(weights.keys(), file))
+    if expected is None or len(expected) != 8 * len(tensors):
         where = files[0].parent if files else "the checkpoint"
-        raise BimosError(f"'{where}' holds {len(actual)} tensors where {len(expected or '') // 8} were saved; copy the checkpoint again")
-    for position, name in enumerate(sorted(actual)):
-        value, file = actual[name]
+        raise BimosError(f"'{where}' holds {len(tensors)} tensors where {len(expected or '') // 8} were saved; copy the checkpoint again")
+    for position, (name, value) in enumerate(zip(sorted(tensors), _sums(tensors), strict=True)):
         if value != expected[8 * position : 8 * position + 8]:
-            raise BimosError(f"'{file}' is corrupt: the checksum of '{name}' does not match; copy the checkpoint again")
+            raise BimosError(f"'{origin[name]}' is corrupt: the checksum of '{name}' does not match; copy the checkpoint again")
+    return tensors
+
+
+def _sums(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Checksums in the order of the names, made by as many threads as torch has: zlib lets others run meanwhile."""
+    names = sorted(tensors)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        yield from pool.map(lambda name: checksum(name, tensors[name]), names)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -122,7 +141,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         if not Path(directory).is_dir():
             raise BimosError(f"no such model directory: '{directory}'") from None
         raise BimosError(f"'{directory}' has no config.json: not a model, or a save that was interrupted") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     raise BimosError(f"'{path}' is corrupt; copy the checkpoint again")
 
@@ -131,6 +150,17 @@ def is_packed(directory: str | Path) -> bool:
     """Whether a directory holds a checkpoint that bimos packed. Raises BimosError: it holds no model at all."""
     quantization = read_config(directory).get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == "bimos"
+
+
+def check_depth(directory: str | Path) -> None:
+    """Raises BimosError: a packed checkpoint's config has more blocks than its files can hold; building them could take for ever."""
+    if not is_packed(directory):
+        return
+    config, tensors = read_config(directory), len(read_headers(weight_files(directory)))
+    for key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
+        value = config.get(key)
+        if isinstance(value, int) and value > tensors:
+            raise BimosError(f"config.json says {key} {value:.4g}, and the weights are {tensors} tensors; copy the checkpoint again")
 
 
 def verify(directory: str | Path) -> None:

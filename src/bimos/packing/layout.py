@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bimos.errors import BimosError
+from bimos.packing.integrity import DTYPES, check_format_version
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -55,7 +56,7 @@ class Layout:
                 ):
                     raise ValueError(name)
             group_size = values["group_size"]
-            return cls(int(values["planes"]), int(values["experts"]), None if group_size is None else int(group_size), tensors)
+            return cls(_count(values["planes"]), _count(values["experts"]), None if group_size is None else _count(group_size), tensors)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BimosError(
                 f"config.json does not describe packed linears that this version knows ({error}); get the checkpoint again"
@@ -81,6 +82,12 @@ class Layout:
         return layout
 
 
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+        raise ValueError(value)
+    return value
+
+
 def common_layout(layouts: Mapping[str, Layout], biased: set[str]) -> tuple[Layout, dict[str, Layout]]:
     """The layout that most linears share, and those of the others.
 
@@ -95,3 +102,40 @@ def common_layout(layouts: Mapping[str, Layout], biased: set[str]) -> tuple[Layo
     if dtypes:
         common = dataclasses.replace(common, tensors=tuple(sorted((*common.tensors, ("bias", dtypes.most_common(1)[0][0])))))
     return common, {name: layout for name, layout in layouts.items() if layout != (common if name in biased else common.without_bias())}
+
+
+def layout_of(values: Mapping[str, Any], name: str | None, bias: bool) -> Layout:
+    """The layout of linear `name`, which has a bias in the original model or not, by a `quantization_config`.
+
+    Raises:
+        BimosError: it describes none that this version knows.
+    """
+    modules = _modules(values)
+    if name is not None and name in modules:
+        return Layout.from_dict(modules[name])
+    shared = Layout.from_dict(values)
+    return shared if bias else shared.without_bias()
+
+
+def _modules(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    modules = values.get("modules") or {}
+    if not isinstance(modules, Mapping):
+        raise BimosError("config.json does not describe packed linears (modules is no mapping); get the checkpoint again")
+    return modules
+
+
+def check_description(values: Mapping[str, Any]) -> None:
+    """Raises BimosError: a `quantization_config` of a newer format, or one that describes what this version cannot read."""
+    check_format_version(values.get("format_version"))
+    if values.get("embedding_bits") not in (8, 16):
+        raise BimosError(f"embedding_bits={values.get('embedding_bits')}: must be 8 or 16")
+    for name in (None, *_modules(values)):
+        layout_of(values, name, True)
+
+
+def compare(name: str, shapes: Shapes, headers: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+    """Raises BimosError: tensors of linear `name` have other shapes or dtypes in the files than config.json says."""
+    for key, (shape, dtype) in shapes.items():
+        expected, found = (tuple(shape), DTYPES.get(dtype)), headers.get(f"{name}.{key}")
+        if found != expected:
+            raise BimosError(f"config.json and weights disagree on '{name}.{key}' ({expected} and {found}); copy the checkpoint again")
