@@ -206,7 +206,7 @@ void Reader::logits(Work& work, int rank) {
   thread_local std::vector<uint8_t> prepared_buffer;
   const Shape& shape = model_.shape;
   const int64_t hidden = padded_inputs(shape.hidden);
-  const auto bytes = static_cast<int64_t>(work.level.int8_bytes(shape.hidden));
+  const auto bytes = static_cast<int64_t>(work.level.rows.int8_bytes(shape.hidden));
   uint8_t* prepared = at_least(prepared_buffer, kTokens * bytes + 64);
   prepared += (64 - reinterpret_cast<uintptr_t>(prepared) % 64) % 64;
   const Range rows = share(shape.vocabulary, rank, work.size());
@@ -229,10 +229,10 @@ void Reader::logits(Work& work, int rank) {
       const auto* weight = static_cast<const int8_t*>(model_.head.rows) + rows.begin * shape.hidden;
       const uint8_t* values[kTokens];
       for (int i = 0; i < few; ++i) {
-        work.level.int8_prepare(x[i], shape.hidden, prepared + i * bytes);
+        work.level.rows.int8_prepare(x[i], shape.hidden, prepared + i * bytes);
         values[i] = prepared + i * bytes;
       }
-      work.level.int8_rows(weight, rows.end - rows.begin, shape.hidden, values, few, y);
+      work.level.rows.int8(weight, rows.end - rows.begin, shape.hidden, values, few, y);
       for (int i = 0; i < few; ++i) work.maths.multiply(model_.head.scale + rows.begin, rows.end - rows.begin, y[i]);
       continue;
     }

@@ -47,6 +47,40 @@ double error_of(const bimos::Level& level, int64_t in, int64_t out, int64_t toke
   return std::sqrt(off / static_cast<double>(tokens * out * in));
 }
 
+double error_of_int8(const bimos::Rows& rows, int64_t n, int64_t count, int tokens) {
+  std::mt19937 random(static_cast<unsigned>(n * 1000 + count));
+  std::normal_distribution<float> normal;
+  std::vector<int8_t> weight(static_cast<size_t>(count * n));
+  for (auto& value : weight) value = static_cast<int8_t>(static_cast<int>(random() % 255) - 127);
+  const auto bytes = static_cast<int64_t>(rows.int8_bytes(n));
+  std::vector<float> x(static_cast<size_t>(tokens * n)), result(static_cast<size_t>(tokens * count));
+  std::vector<uint8_t> buffer(static_cast<size_t>(tokens * bytes + 64));
+  uint8_t* aligned = buffer.data() + (64 - reinterpret_cast<uintptr_t>(buffer.data()) % 64) % 64;
+  const uint8_t* prepared[bimos::kTokens];
+  float* y[bimos::kTokens];
+  for (auto& value : x) value = normal(random);
+  for (int t = 0; t < tokens; ++t) {
+    rows.int8_prepare(x.data() + t * n, n, aligned + t * bytes);
+    prepared[t] = aligned + t * bytes;
+    y[t] = result.data() + t * count;
+  }
+  rows.int8(weight.data(), count, n, prepared, tokens, y);
+  double off = 0, size = 0;
+  for (int t = 0; t < tokens; ++t) {
+    for (int64_t r = 0; r < count; ++r) {
+      double sum = 0, squares = 0;
+      for (int64_t j = 0; j < n; ++j) {
+        const double product = static_cast<double>(weight[static_cast<size_t>(r * n + j)]) * x[static_cast<size_t>(t * n + j)];
+        sum += product;
+        squares += product * product;
+      }
+      off += (y[t][r] - sum) * (y[t][r] - sum);
+      size += squares;
+    }
+  }
+  return std::sqrt(off / size);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -63,6 +97,9 @@ int main(int argc, char** argv) {
     for (const int64_t in : {8, 40, 576, 1536})
       for (const int64_t out : {1, 33, 192})
         for (const int64_t tokens : {1, 2, 3, 9}) worst = std::max(worst, error_of(bimos::level(), in, out, tokens));
+    for (const int64_t n : {1, 40, 576, 5000})
+      for (const int64_t count : {1, 17, 64})
+        for (const int tokens : {1, 2, 3, 4}) worst = std::max(worst, error_of_int8(bimos::level().rows, n, count, tokens));
     std::printf("%-7s relative error %.1e\n", name, worst);
     if (!(worst < 1e-4)) failed = 1;
   }
