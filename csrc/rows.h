@@ -1,4 +1,4 @@
-// Products with rows of integers, as embeddings and heads have: int8 rows, once for every kind of processor.
+// Products with rows of integers, as embeddings and heads have: 8 or 4 bits wide, once for every kind of processor.
 #pragma once
 
 #include <cstddef>
@@ -15,6 +15,9 @@ struct Rows {
 
   // y[t][r] = sum_j w[r, j] x[t][j]; int8 rows of n. t < tokens <= kTokens.
   void (*int8)(const int8_t* weight, int64_t rows, int64_t n, const uint8_t* const* prepared, int tokens, float* const* y);
+
+  // The same for rows of 4 bits in tiles (int4.h), `prepared` by `int4_prepare`.
+  void (*int4)(const uint8_t* tiles, int64_t rows, int64_t n, const uint8_t* const* prepared, int tokens, float* const* y);
 };
 
 const Rows& scalar_rows();

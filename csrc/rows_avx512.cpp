@@ -2,7 +2,9 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cstring>
 
+#include "int4.h"
 #include "level.h"
 #include "tiles.h"
 
@@ -131,10 +133,62 @@ TARGET void int8(const int8_t* weight, int64_t rows, int64_t n, const uint8_t* c
   }
 }
 
+TARGET inline __m512i four_bytes(const uint8_t* from) {
+  int32_t bytes = 0;
+  std::memcpy(&bytes, from, 4);
+  return _mm512_set1_epi32(bytes);
+}
+
+template <int kCount>
+TARGET void int4_tokens(const uint8_t* tiles, int64_t rows, int64_t n, const uint8_t* const* prepared, float* const* y) {
+  const __m512i nibble = _mm512_set1_epi8(0x0f);
+  const int64_t groups = int4_groups(n), bytes = int4_tile_bytes(n);
+  for (int64_t first = 0; first < rows; first += kTileRows, tiles += bytes) {
+    __m512 total[kCount];
+    for (auto& sum : total) sum = _mm512_setzero_ps();
+    const uint8_t* ahead = tiles + kAhead;
+    const auto* halves = reinterpret_cast<const uint16_t*>(tiles + groups * kTileGroup);
+    for (int64_t g = 0; g < groups; ++g, ahead += kTileGroup + kTileRows * 2) {
+      for (int line = 0; line < 5; ++line) _mm_prefetch(reinterpret_cast<const char*>(ahead + 64 * line), _MM_HINT_T0);
+      __m512i upper[kCount], lower[kCount];
+      for (int t = 0; t < kCount; ++t) upper[t] = lower[t] = _mm512_setzero_si512();
+      for (int q = 0; q < 4; ++q) {
+        const __m512i bits = _mm512_loadu_si512(tiles + g * kTileGroup + 64 * q);
+        const __m512i even = _mm512_and_si512(bits, nibble), odd = _mm512_and_si512(_mm512_srli_epi16(bits, 4), nibble);
+        for (int t = 0; t < kCount; ++t) {
+          const uint8_t* high = prepared[t] + g * 64 + 8 * q;
+          upper[t] = _mm512_dpbusd_epi32(upper[t], even, four_bytes(high));
+          lower[t] = _mm512_dpbusd_epi32(lower[t], even, four_bytes(high + kGroup));
+          upper[t] = _mm512_dpbusd_epi32(upper[t], odd, four_bytes(high + 4));
+          lower[t] = _mm512_dpbusd_epi32(lower[t], odd, four_bytes(high + kGroup + 4));
+        }
+      }
+      const __m256i stored = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves + g * kTileRows)), fifteen = _mm256_set1_epi16(15);
+      const __m512 scale = _mm512_cvtph_ps(_mm256_andnot_si256(fifteen, stored));
+      const __m512 zero = _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm256_and_si256(fifteen, stored)));
+      for (int t = 0; t < kCount; ++t) {
+        const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(upper[t], 8), lower[t]));
+        const __m512 centred = _mm512_fnmadd_ps(zero, _mm512_set1_ps(int4_sums(prepared[t], n)[g]), sum);
+        total[t] = _mm512_fmadd_ps(_mm512_mul_ps(scale, _mm512_set1_ps(int4_scales(prepared[t], n)[g])), centred, total[t]);
+      }
+    }
+    for (int t = 0; t < kCount; ++t) _mm512_mask_storeu_ps(y[t] + first, first_lanes(rows - first), total[t]);
+  }
+}
+
+TARGET void int4(const uint8_t* tiles, int64_t rows, int64_t n, const uint8_t* const* prepared, int tokens, float* const* y) {
+  switch (tokens) {
+    case 1: return int4_tokens<1>(tiles, rows, n, prepared, y);
+    case 2: return int4_tokens<2>(tiles, rows, n, prepared, y);
+    case 3: return int4_tokens<3>(tiles, rows, n, prepared, y);
+    default: return int4_tokens<4>(tiles, rows, n, prepared, y);
+  }
+}
+
 }  // namespace
 
 const Rows& avx512_rows() {
-  static const Rows rows{int8_bytes, int8_prepare, int8};
+  static const Rows rows{int8_bytes, int8_prepare, int8, int4};
   return rows;
 }
 
