@@ -1,4 +1,5 @@
 // Rows of 4 bits as ops: `bimos.kernels.native` packs with them, and tests multiply.
+#include <algorithm>
 #include <array>
 #include <vector>
 

@@ -225,9 +225,9 @@ def test_bad_input(packed: Packed, tokenizer: Any) -> None:
         torch.ops.bimos.engine_read(engine._id, [101], [torch.ops.bimos.engine_open(engine._id)], True)
     with pytest.raises(BimosError, match="threads=0"):
         Engine(packed("llama"), threads=0)
-    with pytest.raises(BimosError, match="head_bits=3"):
+    with pytest.raises(BimosError, match="--head-bits 3"):
         Engine(packed("llama"), head_bits=3)
-    with pytest.raises(BimosError, match="cache_bits=4"):
+    with pytest.raises(BimosError, match="--cache-bits 4"):
         Engine(packed("llama"), cache_bits=4)
     with pytest.raises(BimosError, match="no tokenizer"):
         Engine(packed("llama")).generate("The river")

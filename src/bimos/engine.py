@@ -73,6 +73,14 @@ def is_engine_model(model: Any) -> bool:
     return refusal(model) is None
 
 
+def check_bits(head_bits: int | None, cache_bits: int) -> None:
+    """Raises BimosError: what an engine's head or cache cannot have."""
+    if head_bits not in (None, 8, 4):
+        raise BimosError(f"--head-bits {head_bits}: must be 8 or 4")
+    if cache_bits not in (16, 8):
+        raise BimosError(f"--cache-bits {cache_bits}: must be 16 or 8")
+
+
 class Engine:
     """A packed model ready to decode. Several threads may use it: their calls take turns."""
 
@@ -93,10 +101,7 @@ class Engine:
             raise BimosError(f"the engine does not run this model ({reason}); use transformers' generate")
         if threads is not None and not 1 <= threads <= 1024:
             raise BimosError(f"threads={threads}: must be from 1 to 1024")
-        if head_bits not in (None, 8, 4):
-            raise BimosError(f"head_bits={head_bits}: must be 8 or 4")
-        if cache_bits not in (16, 8):
-            raise BimosError(f"cache_bits={cache_bits}: must be 16 or 8")
+        check_bits(head_bits, cache_bits)
         self.tokenizer = tokenizer
         self.config = model.config
         stop = model.generation_config.eos_token_id
@@ -214,7 +219,7 @@ class Engine:
         return self.stream(self.tokenizer(text, add_special_tokens=False)["input_ids"], sampling)
 
     def _quantize_head(self, head: Any) -> None:
-        """To 4 bits. A few of its inputs are much larger than the others, whatever the text: tokens from all over the vocabulary show which."""
+        """To 4 bits. A few of its inputs are much larger than the others whatever the text: tokens from all over the vocabulary tell."""
         ops, size = torch.ops.bimos, self.config.vocab_size
         ids = torch.linspace(0, size - 1, min(64, self.config.max_position_embeddings)).long().tolist()
         importance = ops.engine_squares(self._id, ids) if len(ids) > 1 else None

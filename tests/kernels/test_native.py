@@ -205,7 +205,9 @@ def test_int8_linear(level: str, dtype: torch.dtype, tokens: int) -> None:
 
 @pytest.mark.parametrize("level", HERE)
 @settings(max_examples=60, deadline=None)
-@given(rows=st.integers(1, 70), width=st.integers(1, 200) | st.integers(4090, 4200), tokens=st.integers(1, 9), outlier=st.sampled_from([1, 20]))
+@given(
+    rows=st.integers(1, 70), width=st.integers(1, 200) | st.integers(4090, 4200), tokens=st.integers(1, 9), outlier=st.sampled_from([1, 20])
+)
 def test_int8_linear_of_any_shape(level: str, rows: int, width: int, tokens: int, outlier: int) -> None:
     native.use_isa(level)
     torch.manual_seed(rows)

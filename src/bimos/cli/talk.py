@@ -20,6 +20,11 @@ TopK = Annotated[int, typer.Option(metavar="K", min=0, help="Sample from so many
 MinP = Annotated[float, typer.Option(metavar="P", help="Sample from tokens at least this probable, times the likeliest one.")]
 Penalty = Annotated[float, typer.Option("--repetition-penalty", metavar="R", help="Above 1, tokens that were there become less likely.")]
 Seed = Annotated[int | None, typer.Option(metavar="N", min=0, max=2**32 - 1, help="The same seed gives the same text.", show_default=False)]
+HeadBits = Annotated[
+    int | None,
+    typer.Option(metavar="8|4", help="Bits a weight of the head, whatever the checkpoint has (engine only).", show_default="as stored"),
+]
+CacheBits = Annotated[int, typer.Option(metavar="16|8", help="Bits of cached keys and values (engine only).")]
 
 
 def generate(
@@ -32,6 +37,8 @@ def generate(
     min_p: MinP = 0.0,
     repetition_penalty: Penalty = 1.1,
     seed: Seed = None,
+    head_bits: HeadBits = None,
+    cache_bits: CacheBits = 16,
     json: Json = None,
 ) -> None:
     """Continue a text.
@@ -43,7 +50,7 @@ def generate(
     sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, top_k, seed, min_p)
     if prompt == "-":
         prompt = sys.stdin.read().rstrip("\n")
-    loaded, tokenizer = _load(model, seed)
+    loaded, tokenizer = _load(model, seed, head_bits, cache_bits)
     out = sys.stderr if str(json) == "-" else sys.stdout
     out.write(prompt)
     text = continue_text(loaded, tokenizer, prompt, sampling, lambda piece: _say(piece, out))
@@ -60,6 +67,8 @@ def chat(
     min_p: MinP = 0.0,
     repetition_penalty: Penalty = 1.1,
     seed: Seed = None,
+    head_bits: HeadBits = None,
+    cache_bits: CacheBits = 16,
 ) -> None:
     """Talk to a model.
 
@@ -70,7 +79,7 @@ def chat(
     from bimos.generation import Conversation, Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, top_k, seed, min_p)
-    conversation = Conversation(*_load(model, seed), sampling)
+    conversation = Conversation(*_load(model, seed, head_bits, cache_bits), sampling)
     typed = sys.stdin.isatty()
     if typed:
         kind = "" if conversation.has_template else "This model has no chat template: it continues what you write. "
@@ -113,20 +122,24 @@ def _say(piece: str, out: Any = None) -> None:
     print(piece, end="", flush=True, file=out)
 
 
-def _load(model: str, seed: int | None) -> tuple[Any, Any]:
+def _load(model: str, seed: int | None, head_bits: int | None, cache_bits: int) -> tuple[Any, Any]:
     quiet()
     import torch
     import transformers
 
-    from bimos.engine import Engine, is_engine_model
+    from bimos.engine import Engine, check_bits, refusal
     from bimos.models import load_model, load_tokenizer
 
+    check_bits(head_bits, cache_bits)
     loaded: Any = load_model(model)
     tokenizer = load_tokenizer(model)
     if seed is not None:
         transformers.set_seed(seed)
     if torch.cuda.is_available():
         loaded = loaded.cuda()
-    if is_engine_model(loaded):
-        loaded = Engine(loaded, tokenizer)
+    reason = refusal(loaded)
+    if reason is None:
+        return Engine(loaded, tokenizer, head_bits=head_bits, cache_bits=cache_bits), tokenizer
+    if head_bits is not None or cache_bits != 16:
+        raise BimosError(f"--head-bits and --cache-bits are the engine's, and it does not run this model ({reason}): leave them out")
     return loaded, tokenizer
