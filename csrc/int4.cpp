@@ -20,7 +20,7 @@ BIMOS_INLINE float rounded(float value) { return (value + 12582912.0F) - 1258291
 
 BIMOS_INLINE float code_of(float value, float inverse, float zero) {
   const float code = rounded(value * inverse) + zero;
-  return code < 0.0F ? 0.0F : (code > 15.0F ? 15.0F : code);
+  return code > 0.0F ? (code < 15.0F ? code : 15.0F) : 0.0F;  // NaN: 0
 }
 
 // Scales and zero points of 16 rows' groups.
@@ -47,7 +47,7 @@ BIMOS_INLINE void fit(const float (*w)[kLanes], const float* weight, Fit& best) 
       const float range = high[r] - low[r];
       inverse[r] = range > kSmallest ? 15.0F / (range * share) : 0.0F;
       const float start = rounded(-(low[r] + range * (1.0F - share) / 2) * inverse[r]);
-      zero[r] = start < 0.0F ? 0.0F : (start > 15.0F ? 15.0F : start);
+      zero[r] = start > 0.0F ? (start < 15.0F ? start : 15.0F) : 0.0F;
     }
     for (int64_t j = 0; j < kGroup; ++j) {
 #pragma omp simd

@@ -265,6 +265,10 @@ def test_damaged_weights_are_told(packed: Packed) -> None:
     model.model.layers[0].self_attn.v_proj.scale_out[0, 0, 3] = float("inf")
     with pytest.raises(BimosError, match="not finite"):
         list(Engine(model, threads=1, cache_bits=8).tokens([text(5)], few))
+    model = packed("mistral")
+    model.lm_head.weight.data[5, 3] = float("nan")
+    with pytest.raises(BimosError, match="not finite"):
+        list(Engine(model, threads=1, head_bits=4).tokens([text(5)], few))
 
 
 def test_generation_settings_that_it_does_not_have(packed: Packed) -> None:

@@ -68,6 +68,16 @@ def test_products(level: str, rows: int, width: int, tokens: int, outlier: int) 
 
 
 @pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("value", [-3.0, 3.0])
+def test_products_at_the_ends_of_their_range(level: str, value: float) -> None:
+    native.use_isa(level)
+    tiles = torch.full((2, 3 * 288 + 32), 0xFF, dtype=torch.uint8)  # codes of 15
+    tiles[:, 3 * 256 :] = torch.tensor([1.0], dtype=torch.float16).view(torch.uint8).repeat(3 * 16 + 16)  # less a zero point of 0
+    y = torch.ops.bimos.int4_multiply(torch.full((5, 96), value), tiles, 20)
+    assert (y / (15 * value * 96) - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("level", HERE)
 @pytest.mark.parametrize("shape", [(64, 576), (5, 40), (33, 7)], ids=str)
 def test_quantizing(level: str, shape: tuple[int, int]) -> None:
     native.use_isa(level)

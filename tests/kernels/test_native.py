@@ -226,6 +226,14 @@ def test_int8_linear_of_any_shape(level: str, rows: int, width: int, tokens: int
     assert again[-1].isnan().all() and torch.equal(again[:-1], y[:-1])
 
 
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("weight", [-128, 127])
+def test_int8_linear_at_the_ends_of_its_range(level: str, weight: int) -> None:
+    native.use_isa(level)
+    y = int8_linear(torch.full((2, 12300), -3.0), torch.full((17, 12300), weight, dtype=torch.int8), torch.ones(17, 1))
+    assert (y / (-3.0 * weight * 12300) - 1).abs().max() < 1e-5
+
+
 def test_unknown_levels_are_refused() -> None:
     with pytest.raises(BimosError, match="known: scalar, avx2, avx512"):
         native.use_isa("sse")
