@@ -220,7 +220,8 @@ def test_int8_linear_of_any_shape(level: str, rows: int, width: int, tokens: int
     size = (x.double() ** 2 @ squares).sum().sqrt()  # a single sum may cancel to almost nothing
     # Rounding to 1/32512 of the token's largest, whose mean square is a twelfth of a step's: more than 1e-4 only beside outliers.
     step = (x.double().abs().amax(-1, keepdim=True) / 32512).expand(tokens, width)
-    assert (y - expected).norm() < max(1e-4 * size, (step**2 / 8 @ squares).sum().sqrt())
+    several = 1 + 5 / (rows * tokens) ** 0.5  # deviations, that no single sum exceeds
+    assert (y - expected).norm() < max(1e-4 * size, several * (step**2 / 12 @ squares).sum().sqrt())
     x[-1, width // 2] = float("nan")
     again = int8_linear(x, weight, torch.ones(rows, 1))
     assert again[-1].isnan().all() and torch.equal(again[:-1], y[:-1])
