@@ -97,7 +97,7 @@ TARGET void build(const float* x, const Plane& plane, uint8_t* tables, float* sc
     const float bound = *std::max_element(largest, largest + 8) + sum_of(strange);
     // Sums of 8 bits are high bytes alone.
     *scales++ = bound / (plane.int8 ? 127 * 256.0F : kLargest);
-    const float inverse = bound > 0 ? (plane.int8 ? 127 : kLargest) / bound : 0;
+    const float inverse = bound > 1e-30F ? (plane.int8 ? 127 : kLargest) / bound : 0;
     const __m128i shift = _mm_cvtsi32_si128(plane.int8 ? 8 : 0);
     for (int64_t j = start; j < end; j += 4, tables += 32) {
       const __m256 low_two = _mm256_setr_ps(-x[j] - x[j + 1], x[j] - x[j + 1], x[j + 1] - x[j], x[j] + x[j + 1],  //
@@ -178,31 +178,10 @@ void product(const Plane& plane, int64_t first, int64_t last, const uint8_t* con
     for (int t = 0; t < tokens; ++t) (plane.int8 ? row_tile<true> : row_tile<false>)(plane, plane.data + tile * bytes, tables[t], scales[t], y + t * stride + tile * 32);
 }
 
-TARGET void int8_rows(const int8_t* weight, int64_t rows, int64_t n, const uint8_t* const* prepared, int tokens, float* const* y) {
-  const float* x[kTokens];
-  for (int t = 0; t < tokens; ++t) x[t] = reinterpret_cast<const float*>(prepared[t]);
-  for (int64_t r = 0; r < rows; ++r) {
-    __m256 sums[kTokens];
-    for (auto& sum : sums) sum = _mm256_setzero_ps();
-    int64_t j = 0;
-    for (; j + 8 <= n; j += 8) {
-      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(weight + r * n + j));
-      const __m256 value = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-      for (int t = 0; t < tokens; ++t) sums[t] = _mm256_fmadd_ps(value, _mm256_loadu_ps(x[t] + j), sums[t]);
-    }
-    for (int t = 0; t < tokens; ++t) {
-      float rest = 0;
-      for (int64_t i = j; i < n; ++i) rest += x[t][i] * static_cast<float>(weight[r * n + i]);
-      y[t][r] = sum_of(sums[t]) + rest;
-    }
-  }
-}
-
 }  // namespace
 
 const Level& avx2_level() {
-  static const Level level{"avx2", Layout::rows32, load, store, dots, mix, table_bytes, build, product,
-                           scalar_level().int8_bytes, scalar_level().int8_prepare, int8_rows};
+  static const Level level{"avx2", Layout::rows32, load, store, dots, mix, table_bytes, build, product, avx2_rows()};
   return level;
 }
 

@@ -143,7 +143,7 @@ TARGET void build(const float* x, const Plane& plane, uint8_t* tables, float* sc
     const int64_t end = std::min(plane.in, start + plane.block);
     const float most = largest_sum(x + start, end - start);
     *scales++ = most / top;
-    const float factor = most > 0 ? top / most : 0.0F;
+    const float factor = most > 1e-30F ? top / most : 0.0F;  // finite: below, all is next to nothing
     const __m512 factors[4] = {signed_factor(0, factor), signed_factor(1, factor), signed_factor(2, factor), signed_factor(3, factor)};
     for (int64_t j = start; j < end; j += 32) {
       for (int half = 0; half < 2; ++half) {
@@ -247,105 +247,10 @@ void product(const Plane& plane, int64_t first, int64_t last, const uint8_t* con
   (plane.int8 ? product_of<true> : product_of<false>)(plane, first, last, tables, scales, tokens, y, stride);
 }
 
-// What vpdpbusd multiplies int8 weights with: 16 bits a value, as a signed high and an unsigned low byte.
-struct Split {
-  float scale;
-  int32_t high_sum;
-  uint8_t pad[56];
-
-  const uint8_t* high() const { return reinterpret_cast<const uint8_t*>(this + 1); }
-  const uint8_t* low(int64_t n) const { return high() + ceil_div(n, 64) * 64; }
-};
-
-size_t int8_bytes(int64_t n) { return sizeof(Split) + 2 * static_cast<size_t>(ceil_div(n, 64) * 64); }
-
-TARGET void int8_prepare(const float* x, int64_t n, uint8_t* prepared) {
-  auto* split = reinterpret_cast<Split*>(prepared);
-  __m512 most = _mm512_setzero_ps(), strange = most;
-  for (int64_t j = 0; j < n; j += 16) {
-    const __m512 value = _mm512_abs_ps(_mm512_maskz_loadu_ps(first_lanes(n - j), x + j));
-    strange = _mm512_add_ps(strange, _mm512_sub_ps(value, value));
-    most = _mm512_max_ps(most, value);
-  }
-  const float largest = _mm512_reduce_max_ps(most) + _mm512_reduce_add_ps(strange);  // NaN where any value is not finite
-  const __m512 inverse = _mm512_set1_ps(largest > 1e-30F ? kLargest / largest : 0.0F);  // finite: below, all is next to nothing
-  auto *high = prepared + sizeof(Split), *low = high + ceil_div(n, 64) * 64;
-  __m512i sum = _mm512_setzero_si512();
-  for (int64_t j = 0; j < ceil_div(n, 64) * 64; j += 16) {
-    const __mmask16 mask = n > j && largest == largest ? first_lanes(n - j) : static_cast<__mmask16>(0);  // NaN: its scale says all
-    const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(inverse, _mm512_maskz_loadu_ps(mask, x + j)));
-    const __m512i upper = _mm512_srai_epi32(value, 8);
-    sum = _mm512_add_epi32(sum, upper);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(high + j), _mm512_cvtepi32_epi8(upper));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(low + j), _mm512_cvtepi32_epi8(value));
-  }
-  split->scale = largest / kLargest;
-  split->high_sum = _mm512_reduce_add_epi32(sum);
-}
-
-// The four sums of four registers.
-TARGET inline __m128i sums_of(const __m512i* rows) {
-  __m128i sums[4];
-  for (int i = 0; i < 4; ++i) {
-    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(rows[i]), _mm512_extracti64x4_epi64(rows[i], 1));
-    sums[i] = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-  }
-  return _mm_hadd_epi32(_mm_hadd_epi32(sums[0], sums[1]), _mm_hadd_epi32(sums[2], sums[3]));
-}
-
-template <int kCount>
-TARGET void int8_tokens(const int8_t* weight, int64_t rows, int64_t n, const uint8_t* const* prepared, float* const* y) {
-  constexpr int kRows = 4;
-  const __m512i flip = _mm512_set1_epi8(-128);  // to weights + 128, unsigned
-  const int64_t whole = n / 64 * 64;
-  const __mmask64 rest = n % 64 == 0 ? 0 : (~__mmask64{0} >> (64 - n % 64));
-  const Split* split[kCount];
-  const uint8_t *high[kCount], *low[kCount];
-  for (int t = 0; t < kCount; ++t) {
-    split[t] = reinterpret_cast<const Split*>(prepared[t]);
-    high[t] = split[t]->high();
-    low[t] = split[t]->low(n);
-  }
-  for (int64_t r = 0; r < rows; r += kRows) {
-    const int8_t* row[kRows];
-    for (int i = 0; i < kRows; ++i) row[i] = weight + std::min(rows - 1, r + i) * n;
-    __m512i upper[kCount][kRows], lower[kCount][kRows];
-    for (int t = 0; t < kCount; ++t)
-      for (int i = 0; i < kRows; ++i) upper[t][i] = lower[t][i] = _mm512_setzero_si512();
-    for (int64_t j = 0; j < n; j += 64) {
-      const __mmask64 mask = j < whole ? ~__mmask64{0} : rest;
-      for (int i = 0; i < kRows; ++i) {
-        _mm_prefetch(reinterpret_cast<const char*>(row[i] + j + kRows * n), _MM_HINT_T0);
-        const __m512i values = j < whole ? _mm512_loadu_si512(row[i] + j) : _mm512_maskz_loadu_epi8(mask, row[i] + j);
-        const __m512i positive = _mm512_xor_si512(values, flip);
-        for (int t = 0; t < kCount; ++t) {
-          upper[t][i] = _mm512_dpbusd_epi32(upper[t][i], positive, _mm512_loadu_si512(high[t] + j));
-          lower[t][i] = _mm512_dpbusd_epi32(lower[t][i], _mm512_loadu_si512(low[t] + j), values);
-        }
-      }
-    }
-    for (int t = 0; t < kCount; ++t) {
-      const __m128i signed_upper = _mm_sub_epi32(sums_of(upper[t]), _mm_set1_epi32(128 * split[t]->high_sum));
-      const __m128 sum = _mm_fmadd_ps(_mm_cvtepi32_ps(signed_upper), _mm_set1_ps(256), _mm_cvtepi32_ps(sums_of(lower[t])));
-      const int64_t left = std::min<int64_t>(kRows, rows - r);
-      _mm_mask_storeu_ps(y[t] + r, static_cast<__mmask8>((1U << left) - 1), _mm_mul_ps(sum, _mm_set1_ps(split[t]->scale)));
-    }
-  }
-}
-
-TARGET void int8_rows(const int8_t* weight, int64_t rows, int64_t n, const uint8_t* const* prepared, int tokens, float* const* y) {
-  switch (tokens) {
-    case 1: return int8_tokens<1>(weight, rows, n, prepared, y);
-    case 2: return int8_tokens<2>(weight, rows, n, prepared, y);
-    case 3: return int8_tokens<3>(weight, rows, n, prepared, y);
-    default: return int8_tokens<4>(weight, rows, n, prepared, y);
-  }
-}
-
 }  // namespace
 
 const Level& avx512_level() {
-  static const Level level{"avx512", Layout::rows64, load, store, dots, mix, table_bytes, build, product, int8_bytes, int8_prepare, int8_rows};
+  static const Level level{"avx512", Layout::rows64, load, store, dots, mix, table_bytes, build, product, avx512_rows()};
   return level;
 }
 

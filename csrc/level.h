@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "rows.h"
+
 namespace bimos {
 
 enum class Dtype { float32, bfloat16, float16 };
@@ -45,12 +47,7 @@ struct Level {
   void (*product)(const Plane& plane, int64_t first, int64_t last, const uint8_t* const* tables, const float* const* scales, int tokens,
                   float* y, int64_t stride);
 
-  // A token's values in the form in which `int8_rows` multiplies them, in `int8_bytes(n)` bytes.
-  size_t (*int8_bytes)(int64_t n);
-  void (*int8_prepare)(const float* x, int64_t n, uint8_t* prepared);
-
-  // y[t][r] = sum_j w[r, j] x[t][j]; int8 rows of n. t < tokens <= kTokens.
-  void (*int8_rows)(const int8_t* weight, int64_t rows, int64_t n, const uint8_t* const* prepared, int tokens, float* const* y);
+  const Rows& rows;
 };
 
 const Level& scalar_level();

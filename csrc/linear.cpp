@@ -99,7 +99,7 @@ void int8_part(int64_t index, void* context) {
         x[t] = job.prepared + (token + t) * job.bytes;
         y[t] = sums[t];
       }
-      job.level.int8_rows(job.weight + row * job.in, rows, job.in, x, count, y);
+      job.level.rows.int8(job.weight + row * job.in, rows, job.in, x, count, y);
       for (int t = 0; t < count; ++t) {
         for (int64_t r = 0; r < rows; ++r) sums[t][r] = job.scale[row + r] * sums[t][r] + (job.bias == nullptr ? 0.0F : job.bias[row + r]);
         job.level.store(sums[t], job.dtype, rows, job.y + ((token + t) * job.out + row) * size_of(job.dtype));
@@ -175,13 +175,13 @@ void apply(const Level& level, const Linear& linear, const void* x, Dtype dtype,
 
 void apply_int8(const Level& level, const int8_t* weight, const float* scale, const float* bias, int64_t in, int64_t out, const void* x,
                 Dtype dtype, int64_t tokens, void* y, const Pool& pool) {
-  const auto bytes = static_cast<int64_t>(level.int8_bytes(in));
+  const auto bytes = static_cast<int64_t>(level.rows.int8_bytes(in));
   float* values = at_least(scratch().x, in);
   uint8_t* prepared = at_least(scratch().tables, tokens * bytes + 64);
   prepared += (64 - reinterpret_cast<uintptr_t>(prepared) % 64) % 64;
   for (int64_t t = 0; t < tokens; ++t) {
     level.load(static_cast<const char*>(x) + t * in * size_of(dtype), dtype, in, values);
-    level.int8_prepare(values, in, prepared + t * bytes);
+    level.rows.int8_prepare(values, in, prepared + t * bytes);
   }
   const int64_t parts = std::clamp<int64_t>(in * out * tokens / kWorthAThread, 1, std::min(pool.size, out));
   Int8Job job{level, weight, scale, bias, prepared, bytes, static_cast<char*>(y), dtype, in, out, tokens, parts};

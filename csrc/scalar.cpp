@@ -58,7 +58,7 @@ void build(const float* x, const Plane& plane, uint8_t* tables, float* scales) {
     float strange = 0, most = 0;  // `strange` is NaN where any input of the block is not finite
     for (int64_t j = start; j < end; ++j) strange += x[j] - x[j];
     for (int64_t j = start; j < end; j += 4) most = std::max(most, std::fabs(x[j]) + std::fabs(x[j + 1]) + std::fabs(x[j + 2]) + std::fabs(x[j + 3]));
-    const float step = plane.int8 ? most / 127 : 1, inverse = most > 0 ? 127 / most : 0;
+    const float step = plane.int8 ? most / 127 : 1, inverse = most > 1e-30F ? 127 / most : 0;
     *scales++ = step + strange;
     for (int64_t j = start; j < end; j += 4, table += 16) {
       for (int index = 0; index < 16; ++index) {
@@ -96,25 +96,10 @@ void product(const Plane& plane, int64_t first, int64_t last, const uint8_t* con
   }
 }
 
-size_t int8_bytes(int64_t n) { return static_cast<size_t>(n) * sizeof(float); }
-
-void int8_prepare(const float* x, int64_t n, uint8_t* prepared) { std::memcpy(prepared, x, int8_bytes(n)); }
-
-void int8_rows(const int8_t* weight, int64_t rows, int64_t n, const uint8_t* const* prepared, int tokens, float* const* y) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int t = 0; t < tokens; ++t) {
-      const auto* x = reinterpret_cast<const float*>(prepared[t]);
-      float sums[8] = {};
-      for (int64_t j = 0; j < n; ++j) sums[j % 8] += x[j] * static_cast<float>(weight[r * n + j]);
-      y[t][r] = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-    }
-  }
-}
-
 }  // namespace
 
 const Level& scalar_level() {
-  static const Level level{"scalar", Layout::rows32, load, store, dots, mix, table_bytes, build, product, int8_bytes, int8_prepare, int8_rows};
+  static const Level level{"scalar", Layout::rows32, load, store, dots, mix, table_bytes, build, product, scalar_rows()};
   return level;
 }
 

@@ -7,7 +7,9 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -15,6 +17,8 @@ from typer.testing import CliRunner, Result
 
 import bimos
 from bimos.cli import app
+from bimos.engine import Engine
+from bimos.kernels import native
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ["quantize", "eval", "bench", "info", "generate", "chat", "unpack", "convert", "methods", "doctor", "demo"]
@@ -144,6 +148,26 @@ def test_generate_repeats_itself_for_a_seed_only(teacher_directory: Path) -> Non
 def test_generate_reads_a_prompt_from_stdin(teacher_directory: Path) -> None:
     result = run("generate", teacher_directory, "--prompt", "-", "--max-new-tokens", 4, "--temperature", 0, stdin="The harbour\n")
     assert result.exit_code == 0 and result.stdout.startswith("The harbour")
+
+
+@pytest.mark.skipif(native.isa() is None, reason=f"no C++ kernels: {native.problem}")
+def test_generate_with_fewer_bits(packed: Callable[..., Any], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed("llama", vocab_size=320, bos_token_id=0, eos_token_id=1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    asked: list[dict[str, Any]] = []
+
+    class Watched(Engine):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            asked.append(options)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr("bimos.engine.Engine", Watched)
+    arguments = ("generate", tmp_path, "--prompt", "The river", "--max-new-tokens", 5, "--temperature", 0)
+    for options in (("--head-bits", 4, "--cache-bits", 8, "--activation", "int8"), ()):
+        result = run(*arguments, *options)
+        assert result.exit_code == 0 and result.stdout.startswith("The river"), result.output
+    plain = {"head_bits": None, "cache_bits": 16, "activation": "exact"}
+    assert asked == [{"head_bits": 4, "cache_bits": 8, "activation": "int8"}, plain]
 
 
 def test_chat_through_a_pipe(teacher_directory: Path) -> None:

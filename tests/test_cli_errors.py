@@ -194,7 +194,13 @@ def test_bad_evaluations(more: list[str], fragments: list[str], teacher_director
     assert_refused(run("eval", teacher_directory, *more, *ppl), *fragments)
 
 
-@pytest.mark.parametrize(("option", "value"), [("--temperature", "-1"), ("--top-p", "0"), ("--max-new-tokens", "0"), ("--prompt", "")])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--temperature", "-1"), ("--top-p", "0"), ("--max-new-tokens", "0"), ("--prompt", "")),
+        *(("--head-bits", "3"), ("--cache-bits", "4"), ("--head-bits", "4"), ("--cache-bits", "8")),  # the last two: not packed
+    ],
+)
 def test_bad_generation(option: str, value: str, teacher_directory: Path) -> None:
     assert_refused(run("generate", teacher_directory, "--prompt", "The river", option, value), option.removeprefix("--"))
 

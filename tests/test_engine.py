@@ -87,12 +87,58 @@ def test_greedy_decoding_is_that_of_transformers(kind: str, options: dict[str, A
             ids.append(token)
 
 
-def test_prompts_side_by_side_and_beginnings_that_are_shared(packed: Packed) -> None:
+@pytest.mark.parametrize("options", [{}, {"embedding_bits": 8}], ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.02), (4, 0.12)])
+def test_head_bits(bits: int, error: float, threads: int, options: dict[str, Any], packed: Packed) -> None:
+    model = packed("qwen3", **options)
+    ids = text(30)
+    expected = Engine(model, threads=threads).logits(ids)
+    engine = Engine(model, threads=threads, head_bits=bits)
+    actual = engine.logits(ids)
+    assert (actual - expected).norm() < error * expected.norm()
+    assert torch.equal(actual, expected) == (bits == 8 and bool(options))  # rows of 8 bits stay what they are
+    sequence = torch.ops.bimos.engine_open(engine._id)
+    for i, token in enumerate(ids):  # one by one, few rows a thread
+        torch.testing.assert_close(torch.ops.bimos.engine_read(engine._id, [token], [sequence], False)[0], actual[i], rtol=1e-3, atol=1e-3)
+
+
+@over_cases
+def test_int8_sums(kind: str, options: dict[str, Any], packed: Packed) -> None:
+    model = packed(kind, **options)
+    ids = text(50)
+    expected = Engine(model, threads=2).logits(ids)
+    actual = Engine(model, threads=2, activation="int8").logits(ids)
+    assert 1e-3 * expected.norm() < (actual - expected).norm() < 0.15 * expected.norm()
+
+
+@over_cases
+def test_a_cache_of_8_bits(kind: str, options: dict[str, Any], packed: Packed) -> None:
+    model = packed(kind, **options)
+    ids = text(50)
+    expected = Engine(model, threads=2).logits(ids)
+    actual = Engine(model, threads=2, cache_bits=8).logits(ids)
+    assert 0 < (actual - expected).norm() < 2e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_a_cache_grows(bits: int, packed: Packed) -> None:
+    engine = Engine(packed("llama", max_position_embeddings=300), threads=2, cache_bits=bits)
+    ids = text(300)
+    whole = engine.logits(ids)  # room for all at once
+    sequence = torch.ops.bimos.engine_open(engine._id)
+    for i in range(0, 300, 3):
+        some = torch.ops.bimos.engine_read(engine._id, ids[i : i + 3], [sequence] * 3, True)
+        assert (some - whole[i : i + 3]).norm() < 1e-4 * some.norm()
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_prompts_side_by_side_and_beginnings_that_are_shared(bits: int, packed: Packed) -> None:
     model = packed("llama", num_hidden_layers=3)
     long, other = text(40), text(9, 1)
     prompts = [long, long[:30] + other, other, long[:30] + other]
-    alone = [[step[0] for step in Engine(model, threads=1).tokens([prompt], GREEDY, stop=False)] for prompt in prompts]
-    engine = Engine(model, threads=2)
+    alone = [[step[0] for step in Engine(model, threads=1, cache_bits=bits).tokens([prompt], GREEDY, stop=False)] for prompt in prompts]
+    engine = Engine(model, threads=2, cache_bits=bits)
     for _ in range(3):  # the second time from what is kept
         together = list(engine.tokens(prompts, GREEDY, stop=False))
         assert [[step[i] for step in together] for i in range(4)] == alone
@@ -188,6 +234,12 @@ def test_bad_input(packed: Packed, tokenizer: Any) -> None:
         torch.ops.bimos.engine_read(engine._id, [101], [torch.ops.bimos.engine_open(engine._id)], True)
     with pytest.raises(BimosError, match="threads=0"):
         Engine(packed("llama"), threads=0)
+    with pytest.raises(BimosError, match="--head-bits 3"):
+        Engine(packed("llama"), head_bits=3)
+    with pytest.raises(BimosError, match="activation 'int2'"):
+        Engine(packed("llama"), activation="int2")
+    with pytest.raises(BimosError, match="--cache-bits 4"):
+        Engine(packed("llama"), cache_bits=4)
     with pytest.raises(BimosError, match="no tokenizer"):
         Engine(packed("llama")).generate("The river")
     with pytest.raises(BimosError, match="--top-k -1"):
@@ -220,6 +272,14 @@ def test_damaged_weights_are_told(packed: Packed) -> None:
     for sampling in (few, dataclasses.replace(few, temperature=1.0), dataclasses.replace(few, temperature=1.0, top_p=0.5)):
         with pytest.raises(BimosError, match="not finite"):
             list(engine.tokens([text(5)], sampling))
+    model = packed("llama")
+    model.model.layers[0].self_attn.v_proj.scale_out[0, 0, 3] = float("inf")
+    with pytest.raises(BimosError, match="not finite"):
+        list(Engine(model, threads=1, cache_bits=8).tokens([text(5)], few))
+    model = packed("mistral")
+    model.lm_head.weight.data[5, 3] = float("nan")
+    with pytest.raises(BimosError, match="not finite"):
+        list(Engine(model, threads=1, head_bits=4).tokens([text(5)], few))
 
 
 def test_generation_settings_that_it_does_not_have(packed: Packed) -> None:
@@ -263,5 +323,7 @@ def test_every_level(level: str, packed: Packed) -> None:
         ids = text(20)
         expected = reference_logits(torch.nn.Module.float(model), ids)
         assert (Engine(model, threads=1).logits(ids) - expected).norm() < 5e-3 * expected.norm()
+        assert (Engine(model, threads=1, cache_bits=8).logits(ids) - expected).norm() < 2e-2 * expected.norm()
+        assert (Engine(model, threads=1, head_bits=4).logits(ids) - expected).norm() < 0.15 * expected.norm()
     finally:
         native.use_isa(before)

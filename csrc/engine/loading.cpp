@@ -155,7 +155,8 @@ class Reading {
 
 }  // namespace
 
-Model load(std::vector<Tensor> tensors, std::vector<int64_t> numbers, double epsilon, double rope_scale, Team& team, Weights& weights) {
+Model load(std::vector<Tensor> tensors, std::vector<int64_t> numbers, double epsilon, double rope_scale, Team& team, Weights& weights,
+           bool head_as_it_is) {
   Reading reading(std::move(tensors), std::move(numbers), weights);
   Model model{};
   Shape& shape = model.shape;
@@ -169,7 +170,7 @@ Model load(std::vector<Tensor> tensors, std::vector<int64_t> numbers, double eps
   const int64_t blocks = reading.number(), queries = shape.heads * shape.head, keys = shape.key_heads * shape.head;
   STD_TORCH_CHECK(queries < kMost, "engine: ", shape.heads, " heads of ", shape.head);
   model.embedding = reading.table(shape.vocabulary, shape.hidden, "the embedding", false);
-  model.head = reading.table(shape.vocabulary, shape.hidden, "the head", true);
+  model.head = reading.table(shape.vocabulary, shape.hidden, "the head", !head_as_it_is);
   model.norm = reading.floats(shape.hidden, "the last norm");
   model.frequency = reading.floats(shape.head / 2, "the rotary embedding");
   STD_TORCH_CHECK(model.norm != nullptr && model.frequency != nullptr, "engine: a norm or the rotary embedding is missing");

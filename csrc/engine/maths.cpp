@@ -11,14 +11,14 @@ namespace {
   TARGET void norm_(const float* x, const float* w, int64_t n, float e, float* y) { rms_norm(x, w, n, e, y); }                              \
   TARGET void rotate_(float* x, const float* c, const float* s, int64_t n) { rotate(x, c, s, n); }                                          \
   TARGET void swiglu_(float* g, const float* u, int64_t n) { swiglu(g, u, n); }                                                             \
-  TARGET void attend_(const float* q, const uint16_t* k, const uint16_t* v, int64_t a, int64_t b, int64_t n, float f, float* s, float* o) { \
+  TARGET void attend_(const float* q, const Cache& k, const Cache& v, int64_t a, int64_t b, int64_t n, float f, float* s, float* o) {         \
     attend(q, k, v, a, b, n, f, s, o);                                                                                                    \
   }                                                                                                                                       \
-  TARGET void round_(const float* x, int64_t n, uint16_t* y) { round_to_bfloat16(x, n, y); }                                               \
+  TARGET void remember_(const float* x, int64_t n, int64_t p, const Cache& y) { remember(x, n, p, y); }                                     \
   TARGET void add_(const float* x, int64_t n, float* y) { add(x, n, y); }                                                                  \
   TARGET float dot_(const float* a, const float* b, int64_t n) { return dot(a, b, n); }                                                    \
   TARGET void multiply_(const float* x, int64_t n, float* y) { multiply(x, n, y); }                                                        \
-  constexpr Maths functions{norm_, rotate_, swiglu_, attend_, round_, add_, dot_, multiply_};                                             \
+  constexpr Maths functions{norm_, rotate_, swiglu_, attend_, remember_, add_, dot_, multiply_};                                          \
   }
 
 BIMOS_MATHS(scalar, )

@@ -61,16 +61,38 @@ BIMOS_INLINE void swiglu(float* gate, const float* up, int64_t n) {
   for (int64_t j = 0; j < n; ++j) gate[j] = gate[j] / (1.0F + exponential(-gate[j])) * up[j];
 }
 
+// Keys or values of a head, [position, n]: bfloat16, or int8 with a scale for every position.
+struct Cache {
+  uint16_t* halves;  // null where they are int8
+  int8_t* bytes;
+  float* scale;
+};
+
+struct Halves {
+  const uint16_t* values;
+
+  BIMOS_INLINE float value(int64_t i) const { return from_bfloat16(values[i]); }
+  BIMOS_INLINE float scale(int64_t) const { return 1.0F; }
+};
+
+struct Bytes {
+  const int8_t* values;
+  const float* scales;
+
+  BIMOS_INLINE float value(int64_t i) const { return static_cast<float>(values[i]); }
+  BIMOS_INLINE float scale(int64_t position) const { return scales[position]; }
+};
+
 // A query head over cached positions [first, last): softmax(q k^T * scale) v. `scores` has room for last - first values.
-BIMOS_INLINE void attend(const float* q, const uint16_t* keys, const uint16_t* values, int64_t first, int64_t last, int64_t n, float scale,
-                         float* scores, float* out) {
+template <typename Cached>
+BIMOS_INLINE void attend_over(const float* q, Cached keys, Cached values, int64_t first, int64_t last, int64_t n, float scale, float* scores,
+                              float* out) {
   float most = -INFINITY;
   for (int64_t p = first; p < last; ++p) {
-    const uint16_t* key = keys + p * n;
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; ++j) sum += q[j] * from_bfloat16(key[j]);
-    scores[p - first] = sum * scale;
+    for (int64_t j = 0; j < n; ++j) sum += q[j] * keys.value(p * n + j);
+    scores[p - first] = sum * (keys.scale(p) * scale);
     most = scores[p - first] > most ? scores[p - first] : most;
   }
   float total = 0;
@@ -81,16 +103,42 @@ BIMOS_INLINE void attend(const float* q, const uint16_t* keys, const uint16_t* v
   }
   for (int64_t j = 0; j < n; ++j) out[j] = 0;
   for (int64_t p = first; p < last; ++p) {
-    const uint16_t* value = values + p * n;
-    const float share = scores[p - first] / total;
+    const float share = scores[p - first] / total * values.scale(p);
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) out[j] += share * from_bfloat16(value[j]);
+    for (int64_t j = 0; j < n; ++j) out[j] += share * values.value(p * n + j);
   }
 }
 
-BIMOS_INLINE void round_to_bfloat16(const float* from, int64_t n, uint16_t* to) {
+BIMOS_INLINE void attend(const float* q, const Cache& keys, const Cache& values, int64_t first, int64_t last, int64_t n, float scale,
+                         float* scores, float* out) {
+  if (keys.halves != nullptr) {
+    attend_over(q, Halves{keys.halves}, Halves{values.halves}, first, last, n, scale, scores, out);
+  } else {
+    attend_over(q, Bytes{keys.bytes, keys.scale}, Bytes{values.bytes, values.scale}, first, last, n, scale, scores, out);
+  }
+}
+
+// Writes a position; int8 is rounded to 1/127 of the largest, and NaN where any value is not finite.
+BIMOS_INLINE void remember(const float* from, int64_t n, int64_t position, const Cache& to) {
+  if (to.halves != nullptr) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) to[j] = to_bfloat16(from[j]);
+    for (int64_t j = 0; j < n; ++j) to.halves[position * n + j] = to_bfloat16(from[j]);
+    return;
+  }
+  float largest = 0, strange = 0;
+#pragma omp simd reduction(max : largest) reduction(+ : strange)
+  for (int64_t j = 0; j < n; ++j) {
+    const float size = from[j] < 0 ? -from[j] : from[j];
+    largest = size > largest ? size : largest;
+    strange += from[j] - from[j];
+  }
+  const float inverse = largest > 0 && strange == 0 ? 127.0F / largest : 0.0F;
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const float whole = std::floor(from[j] * inverse + 0.5F);
+    to.bytes[position * n + j] = static_cast<int8_t>(whole == whole ? static_cast<int32_t>(whole) : 0);
+  }
+  to.scale[position] = largest / 127.0F + strange;
 }
 
 BIMOS_INLINE float dot(const float* a, const float* b, int64_t n) {
@@ -116,8 +164,8 @@ struct Maths {
   void (*rms_norm)(const float*, const float*, int64_t, float, float*);
   void (*rotate)(float*, const float*, const float*, int64_t);
   void (*swiglu)(float*, const float*, int64_t);
-  void (*attend)(const float*, const uint16_t*, const uint16_t*, int64_t, int64_t, int64_t, float, float*, float*);
-  void (*round_to_bfloat16)(const float*, int64_t, uint16_t*);
+  void (*attend)(const float*, const Cache&, const Cache&, int64_t, int64_t, int64_t, float, float*, float*);
+  void (*remember)(const float*, int64_t, int64_t, const Cache&);
   void (*add)(const float*, int64_t, float*);
   float (*dot)(const float*, const float*, int64_t);
   void (*multiply)(const float*, int64_t, float*);

@@ -24,12 +24,17 @@ struct Block {
   int64_t window;                      // positions that are seen, the token's own included; 0: all
 };
 
-// Rows of the embedding and of the head: int8 with a scale each, or any dtype without.
+// Rows of the embedding and of the head: int8, or tiles of 4 bits (int4.h), with a scale each; or any dtype without.
 struct Table {
   const void* rows;
-  const float* scale;  // null unless the rows are int8
+  const float* scale;  // null unless the rows are int8 or of 4 bits
   Dtype dtype;
+  bool four_bits = false;
 };
+
+// y[t][r - first] = rows r in [first, last) of a table times x[t], t < count <= kTokens. `first` begins a tile where rows have four bits.
+void table_rows(const Level& level, const maths::Maths& maths, const Table& table, int64_t n, int64_t first, int64_t last,
+                const float* const* x, int count, float* const* y);
 
 struct Model {
   Shape shape;
@@ -37,12 +42,13 @@ struct Model {
   const float* norm;       // the last one
   const float* frequency;  // [head / 2], of the rotary embedding
   Table embedding, head;
+  int64_t cache_bits;  // of keys and values: 16 (bfloat16) or 8
 };
 
-// Keys and values of one sequence, bfloat16 [block, key head, position, head].
+// Keys and values of one sequence, bfloat16 or (8 bits) int8 [block, key head, position, head].
 class Sequence {
  public:
-  Sequence(const Shape& shape, int64_t blocks);
+  Sequence(const Shape& shape, int64_t blocks, int64_t bits);
 
   int64_t length() const { return length_; }
   void keep(int64_t length);                           // forgets what comes after
@@ -50,15 +56,22 @@ class Sequence {
   void extend(int64_t length) { length_ = length; }
   void copy_from(const Sequence& other, int64_t length);  // a shared beginning
 
-  uint16_t* keys(int64_t block, int64_t head) { return keys_.data() + at(block, head); }
-  uint16_t* values(int64_t block, int64_t head) { return values_.data() + at(block, head); }
-  int64_t bytes() const { return static_cast<int64_t>(keys_.size() + values_.size()) * 2; }
+  maths::Cache keys(int64_t block, int64_t head) { return cache(keys_, block * key_heads_ + head); }
+  maths::Cache values(int64_t block, int64_t head) { return cache(values_, block * key_heads_ + head); }
+  int64_t bytes() const { return static_cast<int64_t>(keys_.data.size() + values_.data.size() + 4 * (keys_.scale.size() + values_.scale.size())); }
 
  private:
-  int64_t at(int64_t block, int64_t head) const { return (block * key_heads_ + head) * room_ * head_size_; }
+  struct Store {
+    std::vector<uint8_t> data;
+    std::vector<float> scale;  // of every position of every head where values are int8
+  };
 
-  int64_t blocks_, key_heads_, head_size_, room_ = 0, length_ = 0;
-  std::vector<uint16_t> keys_, values_;
+  Store empty(int64_t room) const;
+  void copy(const Store& from, int64_t from_room, Store& to, int64_t to_room, int64_t length) const;
+  maths::Cache cache(Store& store, int64_t head) const;
+
+  int64_t heads_, key_heads_, head_size_, width_, room_ = 0, length_ = 0;  // heads of all blocks; bytes of a value
+  Store keys_, values_;
 };
 
 // One token to read: its sequence, its position there, and where its logits go (null: nobody asks for them).
@@ -74,11 +87,15 @@ class Reader {
   Reader(Model model, Team& team);  // which outlives it
 
   const Model& model() const { return model_; }
+  void set_head(const Table& head) { model_.head = head; }
   Team& team() { return team_; }
 
   // Reads tokens, those of one sequence in order of position and with none left out; room must be reserved. Positions of a
   // sequence count as read afterwards.
   void read(const std::vector<Token>& tokens);
+
+  // What the head multiplies for token t of those last read: the last norm's output.
+  void head_input(int64_t t, float* y) const;
 
  private:
   struct Work;

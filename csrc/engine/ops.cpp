@@ -6,6 +6,7 @@
 #include <mutex>
 #include <string>
 
+#include "../int4.h"
 #include "../tensors.h"
 #include "loading.h"
 #include "model.h"
@@ -48,11 +49,17 @@ Told& sequence_of(Engine& engine, int64_t id) {
   return found->second;
 }
 
-int64_t engine_new(std::vector<Tensor> tensors, std::vector<int64_t> numbers, double epsilon, double rope_scale, int64_t threads) {
+// The head is `replaced` where `engine_head` is to follow: then it need not be brought near.
+int64_t engine_new(std::vector<Tensor> tensors, std::vector<int64_t> numbers, double epsilon, double rope_scale, int64_t threads,
+                   int64_t cache_bits, bool int8, bool replaced) {
   STD_TORCH_CHECK(threads >= 1 && threads <= 1024, "engine: ", threads, " threads");
+  STD_TORCH_CHECK(cache_bits == 16 || cache_bits == 8, "engine: a cache of ", cache_bits, " bits");
   auto engine = std::make_shared<Engine>();
   engine->team = std::make_unique<Team>(static_cast<int>(threads));
-  Model model = load(std::move(tensors), std::move(numbers), epsilon, rope_scale, *engine->team, engine->weights);
+  Model model = load(std::move(tensors), std::move(numbers), epsilon, rope_scale, *engine->team, engine->weights, replaced);
+  model.cache_bits = cache_bits;
+  for (Block& block : model.blocks)
+    for (Linear* linear : {&block.query, &block.key, &block.value, &block.output, &block.gate, &block.up, &block.down}) linear->int8 = int8;
   engine->reader = std::make_unique<Reader>(std::move(model), *engine->team);
   const std::lock_guard<std::mutex> guard(engines_lock);
   engines[next_engine] = std::move(engine);
@@ -72,7 +79,7 @@ int64_t engine_open(int64_t id) {
   const auto engine = find(id);
   const std::lock_guard<std::mutex> guard(engine->lock);
   const Model& model = engine->reader->model();
-  engine->sequences[engine->next].sequence = std::make_unique<Sequence>(model.shape, static_cast<int64_t>(model.blocks.size()));
+  engine->sequences[engine->next].sequence = std::make_unique<Sequence>(model.shape, static_cast<int64_t>(model.blocks.size()), model.cache_bits);
   return engine->next++;
 }
 
@@ -165,6 +172,48 @@ std::vector<int64_t> engine_next(int64_t id, std::vector<int64_t> ids, std::vect
   return picked;
 }
 
+// The mean square of each of the head's inputs over a text, but for its first token; float32 [hidden].
+Tensor engine_squares(int64_t id, std::vector<int64_t> ids) {
+  const auto engine = find(id);
+  const std::lock_guard<std::mutex> guard(engine->lock);
+  const Model& model = engine->reader->model();
+  const auto count = static_cast<int64_t>(ids.size()), hidden = model.shape.hidden;
+  STD_TORCH_CHECK(count > 1 && count <= std::min(kChunk, model.shape.positions), "engine: too few or too many tokens");
+  Sequence sequence(model.shape, static_cast<int64_t>(model.blocks.size()), model.cache_bits);
+  sequence.reserve(count);
+  std::vector<Token> tokens;
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t token = ids[static_cast<size_t>(t)];
+    STD_TORCH_CHECK(token >= 0 && token < model.shape.vocabulary, "engine: token ", token, " is not in the vocabulary");
+    tokens.push_back({token, &sequence, t, nullptr});
+  }
+  engine->reader->read(tokens);
+  Tensor result = torch::stable::empty({&hidden, 1}, ScalarType::Float);
+  auto* squares = static_cast<float*>(result.mutable_data_ptr());
+  std::fill_n(squares, hidden, 0.0F);
+  std::vector<float> values(static_cast<size_t>(hidden));
+  for (int64_t t = 1; t < count; ++t) {
+    engine->reader->head_input(t, values.data());
+    for (int64_t j = 0; j < hidden; ++j) squares[j] += values[static_cast<size_t>(j)] * values[static_cast<size_t>(j)] / static_cast<float>(count - 1);
+  }
+  return result;
+}
+
+// Takes another head: tiles of 4 bits (int4.h) and a float32 scale for each of their rows.
+void engine_head(int64_t id, const Tensor& tiles, const Tensor& scale) {
+  const auto engine = find(id);
+  const std::lock_guard<std::mutex> guard(engine->lock);
+  const Shape& shape = engine->reader->model().shape;
+  const int64_t size = int4_tiles(shape.vocabulary) * int4_tile_bytes(shape.hidden);
+  STD_TORCH_CHECK(tiles.scalar_type() == ScalarType::Byte && tiles.numel() == size, "engine: the tiles are not those of its head");
+  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.numel() == shape.vocabulary, "engine: a head's scales are float32, one a row");
+  const Tensor rows = compact(tiles);
+  engine->weights.held.push_back(compact(scale));
+  uint8_t* near = engine->weights.arena.take(static_cast<size_t>(size));
+  std::memcpy(near, rows.const_data_ptr(), static_cast<size_t>(size));
+  engine->reader->set_head({near, static_cast<const float*>(engine->weights.held.back().const_data_ptr()), Dtype::float32, true});
+}
+
 std::vector<int64_t> engine_tokens(int64_t id, int64_t sequence) {
   const auto engine = find(id);
   const std::lock_guard<std::mutex> guard(engine->lock);
@@ -175,13 +224,15 @@ std::vector<int64_t> engine_tokens(int64_t id, int64_t sequence) {
 }  // namespace bimos
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bimos, library) {
-  library.def("engine_new(Tensor[] tensors, int[] numbers, float epsilon, float rope_scale, int threads) -> int");
+  library.def("engine_new(Tensor[] tensors, int[] numbers, float epsilon, float rope_scale, int threads, int cache_bits=16, bool int8=False, bool replaced=False) -> int");
   library.def("engine_free(int engine) -> ()");
   library.def("engine_open(int engine) -> int");
   library.def("engine_close(int engine, int sequence) -> ()");
   library.def("engine_keep(int engine, int sequence, int source, int length) -> ()");
   library.def("engine_read(int engine, int[] ids, int[] sequences, bool every) -> Tensor");
   library.def("engine_next(int engine, int[] ids, int[] sequences, float[] options, int top_k, int[] seeds) -> int[]");
+  library.def("engine_squares(int engine, int[] ids) -> Tensor");
+  library.def("engine_head(int engine, Tensor tiles, Tensor scale) -> ()");
   library.def("engine_tokens(int engine, int sequence) -> int[]");
 }
 
@@ -193,5 +244,7 @@ STABLE_TORCH_LIBRARY_IMPL(bimos, CompositeExplicitAutograd, library) {
   library.impl("engine_keep", TORCH_BOX(&bimos::engine_keep));
   library.impl("engine_read", TORCH_BOX(&bimos::engine_read));
   library.impl("engine_next", TORCH_BOX(&bimos::engine_next));
+  library.impl("engine_squares", TORCH_BOX(&bimos::engine_squares));
+  library.impl("engine_head", TORCH_BOX(&bimos::engine_head));
   library.impl("engine_tokens", TORCH_BOX(&bimos::engine_tokens));
 }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "../int4.h"
 #include "../tiles.h"
 #include "model.h"
 
@@ -158,9 +159,8 @@ void Reader::block(Work& work, const Block& block, int64_t index, int rank) {
       if (weight != nullptr) work.maths.rms_norm(head, weight, shape.head, shape.epsilon, head);
       work.maths.rotate(head, cosine_.data() + t * half, sine_.data() + t * half, shape.head);
       if (is_query) continue;
-      const int64_t place = token.position * shape.head;
-      work.maths.round_to_bfloat16(head, shape.head, token.sequence->keys(index, which) + place);
-      work.maths.round_to_bfloat16(value_.data() + t * keys + which * shape.head, shape.head, token.sequence->values(index, which) + place);
+      work.maths.remember(head, shape.head, token.position, token.sequence->keys(index, which));
+      work.maths.remember(value_.data() + t * keys + which * shape.head, shape.head, token.position, token.sequence->values(index, which));
     }
   }
   team_.meet();
@@ -201,17 +201,18 @@ void Reader::block(Work& work, const Block& block, int64_t index, int rank) {
   work.meet_if_rows();
 }
 
-void Reader::logits(Work& work, int rank) {
-  thread_local std::vector<float> normed_buffer, row_buffer;
-  thread_local std::vector<uint8_t> prepared_buffer;
+void Reader::head_input(int64_t t, float* y) const {
   const Shape& shape = model_.shape;
-  const int64_t hidden = padded_inputs(shape.hidden);
-  const auto bytes = static_cast<int64_t>(work.level.int8_bytes(shape.hidden));
-  uint8_t* prepared = at_least(prepared_buffer, kTokens * bytes + 64);
-  prepared += (64 - reinterpret_cast<uintptr_t>(prepared) % 64) % 64;
-  const Range rows = share(shape.vocabulary, rank, work.size());
+  maths::maths_for(level_.name).rms_norm(x_.data() + t * padded_inputs(shape.hidden), model_.norm, shape.hidden, shape.epsilon, y);
+}
+
+void Reader::logits(Work& work, int rank) {
+  thread_local std::vector<float> normed_buffer;
+  const Shape& shape = model_.shape;
+  const int64_t hidden = padded_inputs(shape.hidden), unit = model_.head.four_bits ? kTileRows : 1;
+  const Range units = share(ceil_div(shape.vocabulary, unit), rank, work.size());
+  const int64_t first = units.begin * unit, last = std::min(shape.vocabulary, units.end * unit);
   float* normed = at_least(normed_buffer, kTokens * hidden);
-  float* row = at_least(row_buffer, shape.hidden);
   std::vector<int64_t> wanted;
   for (int64_t t = 0; t < work.count(); ++t)
     if (work.tokens[static_cast<size_t>(t)].logits != nullptr) wanted.push_back(t);
@@ -221,26 +222,11 @@ void Reader::logits(Work& work, int rank) {
     float* y[kTokens];
     for (int i = 0; i < few; ++i) {
       const int64_t t = wanted[start + static_cast<size_t>(i)];
-      work.maths.rms_norm(x_.data() + t * hidden, model_.norm, shape.hidden, shape.epsilon, normed + i * hidden);
+      head_input(t, normed + i * hidden);
       x[i] = normed + i * hidden;
-      y[i] = work.tokens[static_cast<size_t>(t)].logits + rows.begin;
+      y[i] = work.tokens[static_cast<size_t>(t)].logits + first;
     }
-    if (model_.head.scale != nullptr) {
-      const auto* weight = static_cast<const int8_t*>(model_.head.rows) + rows.begin * shape.hidden;
-      const uint8_t* values[kTokens];
-      for (int i = 0; i < few; ++i) {
-        work.level.int8_prepare(x[i], shape.hidden, prepared + i * bytes);
-        values[i] = prepared + i * bytes;
-      }
-      work.level.int8_rows(weight, rows.end - rows.begin, shape.hidden, values, few, y);
-      for (int i = 0; i < few; ++i) work.maths.multiply(model_.head.scale + rows.begin, rows.end - rows.begin, y[i]);
-      continue;
-    }
-    for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
-      const auto* source = static_cast<const char*>(model_.head.rows) + (rows.begin + r) * shape.hidden * size_of(model_.head.dtype);
-      work.level.load(source, model_.head.dtype, shape.hidden, row);
-      for (int i = 0; i < few; ++i) y[i][r] = work.maths.dot(row, x[i], shape.hidden);
-    }
+    table_rows(work.level, work.maths, model_.head, shape.hidden, first, last, x, few, y);
   }
 }
 

@@ -6,7 +6,7 @@
         print(piece, end="", flush=True)
 
 Llama, SmolLM, Mistral, Qwen2 and Qwen3; what it does not cover `refusal` says, and `transformers` runs. Everything is float32 but keys
-and values (bfloat16) and the tables of the products (16 bits), whatever the checkpoint's dtype.
+and values (bfloat16, or int8 where asked for) and the tables of the products (16 bits), whatever the checkpoint's dtype.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from bimos.errors import BimosError
 from bimos.generation import Sampling, Streamer
 from bimos.kernels import native
 from bimos.packing import mapped
-from bimos.packing.embedding import Int8Embedding, Int8Head, TiedInt8Head
+from bimos.packing.embedding import Int8Embedding, Int8Head, TiedInt8Head, quantize_rows
 from bimos.packing.family import MODEL_TYPES, Unknown
-from bimos.packing.linear import PackedLinear
+from bimos.packing.linear import ACTIVATIONS, PackedLinear
 from bimos.tokens import load_tokenizer
 
 ROTARY_TYPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length
@@ -93,11 +93,34 @@ def load(directory: str | Path) -> Any:
     return load_model(directory)
 
 
+def check_options(head_bits: int | None, cache_bits: int, activation: str) -> None:
+    """Raises BimosError: what an engine's head, cache or products cannot have."""
+    if head_bits not in (None, 8, 4):
+        raise BimosError(f"--head-bits {head_bits}: must be 8 or 4")
+    if cache_bits not in (16, 8):
+        raise BimosError(f"--cache-bits {cache_bits}: must be 16 or 8")
+    if activation not in ACTIVATIONS:
+        raise BimosError(f"activation '{activation}' is not known; known: {', '.join(ACTIVATIONS)}")
+
+
 class Engine:
     """A packed model ready to decode. Several threads may use it: their calls take turns."""
 
-    def __init__(self, model: Any, tokenizer: Any = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        threads: int | None = None,
+        head_bits: int | None = None,
+        cache_bits: int = 16,
+        activation: str = "exact",
+    ) -> None:
         """Takes what it needs out of a model that transformers or `load` loaded.
+
+        Args:
+            head_bits: 8 or 4 bits a weight of the head, whatever the checkpoint has; None: as it is there. The embedding stays as it is.
+            cache_bits: of keys and values: 16 (bfloat16) or 8 (int8 with a scale for every position of a head).
+            activation: "exact", or "int8": see `bimos.kernels.packed_linear`.
 
         Raises:
             BimosError: the engine does not cover this model.
@@ -107,28 +130,34 @@ class Engine:
             raise BimosError(f"the engine does not run this model ({reason}); use transformers' generate")
         if threads is not None and not 1 <= threads <= 1024:
             raise BimosError(f"threads={threads}: must be from 1 to 1024")
+        check_options(head_bits, cache_bits, activation)
         self.tokenizer = tokenizer
         self.config = model.config
         stop = model.generation_config.eos_token_id
         self.stop = set(stop if isinstance(stop, list) else [] if stop is None else [stop])
-        tensors, numbers = _weights(model)
+        tensors, numbers = _weights(model, head_bits)
         epsilon, scale = float(model.config.rms_norm_eps), float(getattr(model.model.rotary_emb, "attention_scaling", 1.0))
+        options = threads or torch.get_num_threads(), cache_bits, activation == "int8", head_bits == 4
         try:
-            self._id = torch.ops.bimos.engine_new(tensors, numbers, epsilon, scale, threads or torch.get_num_threads())
+            self._id = torch.ops.bimos.engine_new(tensors, numbers, epsilon, scale, *options)
         except RuntimeError as error:  # sizes that no model of `refusal` has
             raise BimosError(f"the engine does not take this model: {str(error).splitlines()[0]}") from None
         weakref.finalize(self, torch.ops.bimos.engine_free, self._id)
+        if head_bits == 4:
+            self._quantize_head(model.get_output_embeddings())
         self._kept: list[int] = []
         self._choosing = threading.Lock()
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, threads: int | None = None) -> Self:
+    def from_pretrained(cls, directory: str | Path, threads: int | None = None, **options: Any) -> Self:
         """An engine for a packed checkpoint, whose files are mapped: nothing but what decoding reads in another order is copied.
+
+        `options` are `head_bits`, `cache_bits` and `activation`.
 
         Raises:
             BimosError: no such checkpoint, a corrupt one, or one that the engine does not cover.
         """
-        return cls(load(directory), load_tokenizer(directory), threads)
+        return cls(load(directory), load_tokenizer(directory), threads, **options)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits `[len(ids), vocabulary]`, float32, behind every token of a text.
@@ -222,6 +251,14 @@ class Engine:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self.stream(self.tokenizer(text, add_special_tokens=False)["input_ids"], sampling)
 
+    def _quantize_head(self, head: Any) -> None:
+        """To 4 bits. A few of its inputs are much larger than the others whatever the text: tokens from all over the vocabulary tell."""
+        ops, size = torch.ops.bimos, self.config.vocab_size
+        ids = torch.linspace(0, size - 1, min(64, self.config.max_position_embeddings)).long().tolist()
+        importance = ops.engine_squares(self._id, ids) if len(ids) > 1 else None
+        weight, scale = _table(head, None)
+        ops.engine_head(self._id, *native.quantize_int4(weight, scale if scale.numel() else None, importance))
+
     def _ids(self, text: str) -> list[int]:
         if self.tokenizer is None:
             raise BimosError("this engine has no tokenizer: give it one, or token ids instead of text")
@@ -282,7 +319,7 @@ def _common(left: Sequence[int], right: Sequence[int]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _weights(model: Any) -> tuple[list[Tensor], list[int]]:
+def _weights(model: Any, head_bits: int | None = None) -> tuple[list[Tensor], list[int]]:
     """Tensors and numbers in the order in which `csrc/engine/ops.cpp` takes them."""
     config, inner = model.config, model.model
     none = torch.empty(0)
@@ -290,9 +327,8 @@ def _weights(model: Any) -> tuple[list[Tensor], list[int]]:
     numbers = [config.vocab_size, config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head]
     numbers += [config.intermediate_size, config.max_position_embeddings, len(inner.layers)]
     tensors: list[Tensor] = []
-    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
-        tensors.append(table.weight.detach())
-        tensors.append(table.scale.flatten().float() if isinstance(table, Int8Embedding | Int8Head | TiedInt8Head) else none)
+    for table, bits in ((model.get_input_embeddings(), None), (model.get_output_embeddings(), head_bits)):
+        tensors += _table(table, bits)
     tensors += [inner.norm.weight.detach().float(), inner.rotary_emb.inv_freq.float()]
     for block, window in zip(inner.layers, windows(config), strict=True):
         numbers.append(window)
@@ -306,3 +342,11 @@ def _weights(model: Any) -> tuple[list[Tensor], list[int]]:
             tensors += [layer.weight, *(none if t is None else t for t in (layer.scale_in, layer.scale_out, layer.router))]
             tensors += [none if layer.scale_group is None else layer.scale_group, none if layer.bias is None else layer.bias]
     return tensors, numbers
+
+
+def _table(table: Any, bits: int | None) -> tuple[Tensor, Tensor]:
+    """Rows of an embedding or a head, int8 where `bits` is 8, and their scales, float32; empty where they have none."""
+    weight, scale = table.weight.detach(), table.scale if isinstance(table, Int8Embedding | Int8Head | TiedInt8Head) else None
+    if bits == 8 and scale is None:
+        weight, scale = quantize_rows(weight)
+    return weight, torch.empty(0) if scale is None else scale.flatten().float()

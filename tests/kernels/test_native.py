@@ -274,6 +274,38 @@ def test_what_the_reference_raises_is_said() -> None:
         torch.ops.bimos.packed_linear(torch.zeros(3, 64), planes, torch.ones(2, 1, 32), None, None, None, None, None)
 
 
+@pytest.mark.parametrize("level", HERE)
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 70), width=st.integers(1, 200) | st.integers(4090, 4200), tokens=st.integers(1, 9), outlier=st.sampled_from([1, 20])
+)
+def test_int8_linear_of_any_shape(level: str, rows: int, width: int, tokens: int, outlier: int) -> None:
+    native.use_isa(level)
+    torch.manual_seed(rows)
+    weight = torch.randint(-128, 128, (rows, width), dtype=torch.int8)
+    x = torch.randn(tokens, width) + 1  # a mean that weights made unsigned must not leave behind
+    x[:, 0] *= outlier
+    y = int8_linear(x, weight, torch.ones(rows, 1))
+    expected = x.double() @ weight.double().T
+    squares = (weight.double() ** 2).T
+    size = (x.double() ** 2 @ squares).sum().sqrt()  # a single sum may cancel to almost nothing
+    # Rounding to 1/32512 of the token's largest, whose mean square is a twelfth of a step's: more than 1e-4 only beside outliers.
+    step = (x.double().abs().amax(-1, keepdim=True) / 32512).expand(tokens, width)
+    several = 1 + 5 / (rows * tokens) ** 0.5  # deviations, that no single sum exceeds
+    assert (y - expected).norm() < max(1e-4 * size, several * (step**2 / 12 @ squares).sum().sqrt())
+    x[-1, width // 2] = float("nan")
+    again = int8_linear(x, weight, torch.ones(rows, 1))
+    assert again[-1].isnan().all() and torch.equal(again[:-1], y[:-1])
+
+
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("weight", [-128, 127])
+def test_int8_linear_at_the_ends_of_its_range(level: str, weight: int) -> None:
+    native.use_isa(level)
+    y = int8_linear(torch.full((2, 12300), -3.0), torch.full((17, 12300), weight, dtype=torch.int8), torch.ones(17, 1))
+    assert (y / (-3.0 * weight * 12300) - 1).abs().max() < 1e-5
+
+
 def test_unknown_levels_are_refused() -> None:
     with pytest.raises(BimosError, match="known: scalar, avx2, avx512"):
         native.use_isa("sse")
