@@ -82,7 +82,7 @@ def kernels() -> str:
 
 
 def peers() -> str:
-    """benchmarks/peers.py: a table a model, the fastest of llama.cpp's types first named."""
+    """benchmarks/peers.py: a table a model; the engine (exact, and with fewer bits) over the fastest type of llama.cpp first named."""
     path = RESULTS / "peers.json"
     if not path.exists():
         return ""
@@ -90,18 +90,25 @@ def peers() -> str:
     parts = []
     for name, measured in result["models"].items():
         rows = measured["rows"]
-        ours, theirs = rows["bimos"], {row: values for row, values in rows.items() if row.startswith("llama.cpp")}
+        theirs = {row: values for row, values in rows.items() if row.startswith("llama.cpp")}
+        ours = {row: values for row, values in rows.items() if row.startswith("bimos") and "sequences" not in row}
         keys = ("decode_tokens_per_second", "prefill_tokens_per_second")
         best = [max(theirs, key=lambda row, key=key: theirs[row][key]) for key in keys]
-        times = [f"{ours[key] / theirs[row][key]:.1f} times {row}" for key, row in zip(keys, best, strict=True)]
-        several = next(values for row, values in rows.items() if row.startswith("bimos,"))
+        times, batch = [], []
+        for key, row in zip(keys, best, strict=True):
+            times.append(f"{' / '.join(f'{values[key] / theirs[row][key]:.1f}' for values in ours.values())} times {row}")
+        wide = {row.rpartition(", ")[0]: values for row, values in rows.items() if row.endswith(" sequences")}
+        for row, values in wide.items():
+            batch.append(f"{values[keys[0]] / ours[row][keys[0]]:.1f}")
+        count = next(iter(wide.values()))["sequences"]
         refused = ", ".join(f"{kind}: {reason.partition(': ')[2] or reason}" for kind, reason in measured["refused"].items())
         machine = f"{result['threads']} thread{'s' * (result['threads'] > 1)} of {measured['machine']['cpu']}"
         version = f"llama-cpp-python {result['llama_cpp_python']['version']}"
-        batch = f"{several['sequences']} sequences at once {several[keys[0]] / ours[keys[0]]:.1f} times the tokens/s of one"
+        options = ", ".join(f"{key}={value}" for values in ours.values() for key, value in values["options"].items())
         lines = [
             f"{name} on {machine}, one process, in turns, medians (`benchmarks/peers.py`, {version}): "
-            f"decoding {times[0]}, a prompt of {result['long_prompt']} tokens {times[1]}; {batch}."
+            f"decoding {times[0]}, a prompt of {result['long_prompt']} tokens {times[1]}; {count} sequences at once "
+            f"{' / '.join(batch)} times the tokens/s of one. Fewer bits: {options}."
             + (f" Refused by llama.cpp: {refused}." if refused else ""),
             "",
             "| | weights | decode, tokens/s | prompt, tokens/s |",

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "spent.h"
 #include "tiles.h"
 
 namespace bimos {
@@ -139,6 +140,7 @@ void rows_of_linear(const Level& level, const Linear& linear, const float* x, in
       level.load(static_cast<const char*>(linear.bias) + row * size_of(linear.bias_dtype), linear.bias_dtype, rows, y + t * y_stride + row);
     }
   }
+  mark(Part::router);
   for (int64_t p = 0; p < linear.planes; ++p) {
     Plane plane{nullptr, in, linear.block, linear.grouped, linear.int8};
     plane.data = linear.tiles + p * tiles * tile_bytes(level.layout, plane);
@@ -147,12 +149,15 @@ void rows_of_linear(const Level& level, const Linear& linear, const float* x, in
       if (linear.scale_in != nullptr) {
         level.mix(input, gates + t * experts, linear.scale_in + p * experts * in, experts, in, in, scaled);
         input = scaled;
+        mark(Part::scales);
       }
       level.build(input, plane, all_tables + t * bytes, all_scales + t * blocks);
       tables[t] = all_tables + t * bytes;
       scales[t] = all_scales + t * blocks;
+      mark(Part::tables);
     }
     level.product(plane, first, last, tables, scales, count, product, stride);
+    mark(Part::products);
     for (int t = 0; t < count; ++t) {
       float* part = product + t * stride + row;
       if (linear.scale_out != nullptr) {
@@ -160,6 +165,7 @@ void rows_of_linear(const Level& level, const Linear& linear, const float* x, in
       }
       for (int64_t r = 0; r < rows; ++r) y[t * y_stride + row + r] += part[r];
     }
+    mark(Part::scales);
   }
 }
 

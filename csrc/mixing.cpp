@@ -4,62 +4,10 @@
 #include <cmath>
 #include <cstring>
 
-#define BIMOS_ALWAYS __attribute__((always_inline))
-#define BIMOS_INLINE inline BIMOS_ALWAYS
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are handed to functions that are always inlined
+#include "vectors.h"
 
 namespace bimos::mixing {
 namespace {
-
-// Vectors of the compiler: one body, which it makes into what each target has.
-constexpr int kWidth = 16;
-using Floats = float __attribute__((vector_size(4 * kWidth)));
-using Words = uint32_t __attribute__((vector_size(4 * kWidth)));
-using Halves = uint16_t __attribute__((vector_size(2 * kWidth)));
-
-BIMOS_INLINE Floats spread(float value) { return Floats{} + value; }
-
-// Values between memory and a vector: all of it, or the first `count` where there are fewer.
-template <typename From, typename To>
-BIMOS_INLINE void copy(const From* from, To* to, int64_t count) {
-  constexpr size_t kBytes = sizeof(From) > sizeof(To) ? sizeof(From) : sizeof(To);
-  if (count >= kWidth) {
-    std::memcpy(to, from, kBytes);
-  } else {
-    std::memcpy(to, from, static_cast<size_t>(count) * (kBytes / kWidth));
-  }
-}
-
-// `count` values, zeros behind them.
-BIMOS_INLINE Floats load(const float* from, int64_t count) {
-  Floats values{};
-  copy(from, &values, count);
-  return values;
-}
-
-BIMOS_INLINE Floats load(const uint16_t* from, int64_t count) {
-  Halves halves{};
-  copy(from, &halves, count);
-  return std::bit_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
-}
-
-BIMOS_INLINE void store(Floats values, float* to, int64_t count) {
-  copy(&values, to, count);
-}
-
-BIMOS_INLINE void store(Floats values, uint16_t* to, int64_t count) {  // to nearest even; NaN stays NaN
-  const auto bits = std::bit_cast<Words>(values);
-  const auto strange = std::bit_cast<Words>(values != values);
-  const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const Halves halves = __builtin_convertvector((rounded & ~strange) | (strange & 0x7fc0), Halves);
-  copy(&halves, to, count);
-}
-
-BIMOS_INLINE float sum_of(Floats values) {
-  float sum = 0;
-  for (int i = 0; i < kWidth; ++i) sum += values[i];
-  return sum;
-}
 
 BIMOS_INLINE void softmax(float* logits, int count) {
   float most = logits[0], sum = 0;

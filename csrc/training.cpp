@@ -1,4 +1,4 @@
-// The ops of bimos/methods/mixing.py: scales mixed per token, and their gradients.
+// What training has beside torch (bimos/methods/mixing.py, ste.py): scales mixed per token and their gradients, signs as bits.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -120,11 +120,39 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Optional& 
   return {of_x, router ? of_router : of_gate, of_scales};
 }
 
+// Bits of the signs (0 and above is 1) of a float32 matrix [out, in], or of its transpose: uint8 [1, rows, columns / 8].
+Tensor sign_bits(const Tensor& latent, bool transposed) {
+  STD_TORCH_CHECK(latent.dim() == 2 && latent.scalar_type() == ScalarType::Float, "sign_bits takes a float32 matrix");
+  const Tensor source = compact(latent);
+  const int64_t out = latent.size(0), in = latent.size(1), rows = transposed ? in : out, columns = transposed ? out : in;
+  STD_TORCH_CHECK(columns % 8 == 0, "sign_bits: ", columns, " columns are no multiple of 8");
+  Tensor result = torch::stable::new_empty(latent, std::array<int64_t, 3>{1, rows, columns / 8}, ScalarType::Byte);
+  const auto* values = static_cast<const float*>(source.const_data_ptr());
+  auto* bits = static_cast<uint8_t*>(result.mutable_data_ptr());
+  if (!transposed) {
+    for (int64_t i = 0; i < out * in / 8; ++i) {
+      uint8_t byte = 0;
+      for (int bit = 0; bit < 8; ++bit) byte = static_cast<uint8_t>(byte | (values[8 * i + bit] >= 0) << bit);
+      bits[i] = byte;
+    }
+    return result;
+  }
+  for (int64_t row = 0; row < out; row += 8) {
+    for (int64_t j = 0; j < in; ++j) {
+      uint8_t byte = 0;
+      for (int bit = 0; bit < 8; ++bit) byte = static_cast<uint8_t>(byte | (values[(row + bit) * in + j] >= 0) << bit);
+      bits[j * (out / 8) + row / 8] = byte;
+    }
+  }
+  return result;
+}
+
 }  // namespace
 }  // namespace bimos
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bimos, library) {
   library.def("mix(Tensor x, Tensor? gate, Tensor scales) -> Tensor");
+  library.def("sign_bits(Tensor latent, bool transposed) -> Tensor");
   library.def("route_and_mix(Tensor x, Tensor router, Tensor scales) -> (Tensor, Tensor)");
   library.def(
       "mix_backward(Tensor grad, Tensor? grad_gate, Tensor x, Tensor? gate, Tensor? router, Tensor scales) -> (Tensor, Tensor, Tensor)");
@@ -132,6 +160,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bimos, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(bimos, CPU, library) {
   library.impl("mix", TORCH_BOX(&bimos::mix));
+  library.impl("sign_bits", TORCH_BOX(&bimos::sign_bits));
   library.impl("route_and_mix", TORCH_BOX(&bimos::route_and_mix));
   library.impl("mix_backward", TORCH_BOX(&bimos::backward));
 }

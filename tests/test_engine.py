@@ -41,6 +41,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}),
     ("mistral", {"sliding_window": 5}),
     ("mistral", {"sliding_window": None, "num_key_value_heads": 1}),
+    ("qwen3", {"head_dim": 72, "num_attention_heads": 6, "num_key_value_heads": 1}),  # heads of a vector and a half, six to one of keys
+    ("qwen3", {"head_dim": 80, "num_attention_heads": 5, "num_key_value_heads": 5}),
     ("qwen2", {}),
     ("qwen3", {"embedding_bits": 8, "experts": 3}),
     ("llama", {"embedding_bits": 8, "dtype": torch.bfloat16}),
@@ -118,7 +120,7 @@ def test_a_cache_of_8_bits(kind: str, options: dict[str, Any], packed: Packed) -
     ids = text(50)
     expected = Engine(model, threads=2).logits(ids)
     actual = Engine(model, threads=2, cache_bits=8).logits(ids)
-    assert 0 < (actual - expected).norm() < 2e-2 * expected.norm()
+    assert 0 < (actual - expected).norm() < 3e-2 * expected.norm()
 
 
 @pytest.mark.parametrize("bits", [16, 8])

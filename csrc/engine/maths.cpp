@@ -11,9 +11,7 @@ namespace {
   TARGET void norm_(const float* x, const float* w, int64_t n, float e, float* y) { rms_norm(x, w, n, e, y); }                              \
   TARGET void rotate_(float* x, const float* c, const float* s, int64_t n) { rotate(x, c, s, n); }                                          \
   TARGET void swiglu_(float* g, const float* u, int64_t n) { swiglu(g, u, n); }                                                             \
-  TARGET void attend_(const float* q, const Cache& k, const Cache& v, int64_t a, int64_t b, int64_t n, float f, float* s, float* o) {         \
-    attend(q, k, v, a, b, n, f, s, o);                                                                                                    \
-  }                                                                                                                                       \
+  TARGET void attend_(const Attention& a) { attend(a); }                                                                                   \
   TARGET void remember_(const float* x, int64_t n, int64_t p, const Cache& y) { remember(x, n, p, y); }                                     \
   TARGET void add_(const float* x, int64_t n, float* y) { add(x, n, y); }                                                                  \
   TARGET float dot_(const float* a, const float* b, int64_t n) { return dot(a, b, n); }                                                    \

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#define BIMOS_INLINE inline __attribute__((always_inline))
+#include "attention.h"
 
 namespace bimos::maths {
 
@@ -61,63 +61,6 @@ BIMOS_INLINE void swiglu(float* gate, const float* up, int64_t n) {
   for (int64_t j = 0; j < n; ++j) gate[j] = gate[j] / (1.0F + exponential(-gate[j])) * up[j];
 }
 
-// Keys or values of a head, [position, n]: bfloat16, or int8 with a scale for every position.
-struct Cache {
-  uint16_t* halves;  // null where they are int8
-  int8_t* bytes;
-  float* scale;
-};
-
-struct Halves {
-  const uint16_t* values;
-
-  BIMOS_INLINE float value(int64_t i) const { return from_bfloat16(values[i]); }
-  BIMOS_INLINE float scale(int64_t) const { return 1.0F; }
-};
-
-struct Bytes {
-  const int8_t* values;
-  const float* scales;
-
-  BIMOS_INLINE float value(int64_t i) const { return static_cast<float>(values[i]); }
-  BIMOS_INLINE float scale(int64_t position) const { return scales[position]; }
-};
-
-// A query head over cached positions [first, last): softmax(q k^T * scale) v. `scores` has room for last - first values.
-template <typename Cached>
-BIMOS_INLINE void attend_over(const float* q, Cached keys, Cached values, int64_t first, int64_t last, int64_t n, float scale, float* scores,
-                              float* out) {
-  float most = -INFINITY;
-  for (int64_t p = first; p < last; ++p) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; ++j) sum += q[j] * keys.value(p * n + j);
-    scores[p - first] = sum * (keys.scale(p) * scale);
-    most = scores[p - first] > most ? scores[p - first] : most;
-  }
-  float total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < last - first; ++i) {
-    scores[i] = exponential(scores[i] - most);
-    total += scores[i];
-  }
-  for (int64_t j = 0; j < n; ++j) out[j] = 0;
-  for (int64_t p = first; p < last; ++p) {
-    const float share = scores[p - first] / total * values.scale(p);
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) out[j] += share * values.value(p * n + j);
-  }
-}
-
-BIMOS_INLINE void attend(const float* q, const Cache& keys, const Cache& values, int64_t first, int64_t last, int64_t n, float scale,
-                         float* scores, float* out) {
-  if (keys.halves != nullptr) {
-    attend_over(q, Halves{keys.halves}, Halves{values.halves}, first, last, n, scale, scores, out);
-  } else {
-    attend_over(q, Bytes{keys.bytes, keys.scale}, Bytes{values.bytes, values.scale}, first, last, n, scale, scores, out);
-  }
-}
-
 // Writes a position; int8 is rounded to 1/127 of the largest, and NaN where any value is not finite.
 BIMOS_INLINE void remember(const float* from, int64_t n, int64_t position, const Cache& to) {
   if (to.halves != nullptr) {
@@ -164,7 +107,7 @@ struct Maths {
   void (*rms_norm)(const float*, const float*, int64_t, float, float*);
   void (*rotate)(float*, const float*, const float*, int64_t);
   void (*swiglu)(float*, const float*, int64_t);
-  void (*attend)(const float*, const Cache&, const Cache&, int64_t, int64_t, int64_t, float, float*, float*);
+  void (*attend)(const Attention&);
   void (*remember)(const float*, int64_t, int64_t, const Cache&);
   void (*add)(const float*, int64_t, float*);
   float (*dot)(const float*, const float*, int64_t);

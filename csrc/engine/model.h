@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../linear.h"
+#include "../spent.h"
 #include "maths.h"
 #include "team.h"
 
@@ -94,6 +95,13 @@ class Reader {
   // sequence count as read afterwards.
   void read(const std::vector<Token>& tokens);
 
+  // Counts the time of the caller's thread by part from now on, or no longer; what was counted so far starts anew.
+  void count(bool on) {
+    is_counting_ = on;
+    spent_ = {};
+  }
+  const Spent& counted() const { return spent_; }
+
   // What the head multiplies for token t of those last read: the last norm's output.
   void head_input(int64_t t, float* y) const;
 
@@ -106,6 +114,8 @@ class Reader {
   Model model_;
   const Level& level_;  // that the tiles were made for
   Team& team_;
+  bool is_counting_ = false;
+  Spent spent_;
   std::vector<float> x_, query_, key_, value_, mixed_, inner_, other_, part_, cosine_, sine_;
 };
 

@@ -28,6 +28,7 @@ struct Engine {
   std::unique_ptr<Reader> reader;
   std::map<int64_t, Told> sequences;
   int64_t next = 0;
+  std::vector<float> logits;  // of a step, kept from one to the next
   std::mutex lock;
 };
 
@@ -159,7 +160,8 @@ std::vector<int64_t> engine_next(int64_t id, std::vector<int64_t> ids, std::vect
   const int64_t vocabulary = engine->reader->model().shape.vocabulary;
   Sampling sampling{static_cast<float>(options[0]), top_k, static_cast<float>(options[1]), static_cast<float>(options[2]),
                     static_cast<float>(options[3])};
-  std::vector<float> values(ids.size() * static_cast<size_t>(vocabulary));
+  std::vector<float>& values = engine->logits;
+  if (values.size() < ids.size() * static_cast<size_t>(vocabulary)) values.resize(ids.size() * static_cast<size_t>(vocabulary));
   std::vector<float*> logits;
   for (size_t i = 0; i < ids.size(); ++i) logits.push_back(values.data() + i * static_cast<size_t>(vocabulary));
   read(*engine, ids, sequences, logits);
@@ -214,6 +216,16 @@ void engine_head(int64_t id, const Tensor& tiles, const Tensor& scale) {
   engine->reader->set_head({near, static_cast<const float*>(engine->weights.held.back().const_data_ptr()), Dtype::float32, true});
 }
 
+// Seconds by part (spent.h) since the last call, of calls after one that asked for them.
+std::vector<double> engine_spent(int64_t id, bool go_on) {
+  const auto engine = find(id);
+  const std::lock_guard<std::mutex> guard(engine->lock);
+  const auto& seconds = engine->reader->counted().seconds;
+  std::vector<double> result(seconds.begin(), seconds.end());
+  engine->reader->count(go_on);
+  return result;
+}
+
 std::vector<int64_t> engine_tokens(int64_t id, int64_t sequence) {
   const auto engine = find(id);
   const std::lock_guard<std::mutex> guard(engine->lock);
@@ -234,6 +246,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bimos, library) {
   library.def("engine_squares(int engine, int[] ids) -> Tensor");
   library.def("engine_head(int engine, Tensor tiles, Tensor scale) -> ()");
   library.def("engine_tokens(int engine, int sequence) -> int[]");
+  library.def("engine_spent(int engine, bool go_on) -> float[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bimos, CompositeExplicitAutograd, library) {
@@ -247,4 +260,5 @@ STABLE_TORCH_LIBRARY_IMPL(bimos, CompositeExplicitAutograd, library) {
   library.impl("engine_squares", TORCH_BOX(&bimos::engine_squares));
   library.impl("engine_head", TORCH_BOX(&bimos::engine_head));
   library.impl("engine_tokens", TORCH_BOX(&bimos::engine_tokens));
+  library.impl("engine_spent", TORCH_BOX(&bimos::engine_spent));
 }

@@ -1,12 +1,13 @@
 // The forward pass: every rank of the team goes through all blocks; where one needs what another has made, they meet.
 //
-// Few tokens: ranks share out the rows of every linear, and the heads. Many tokens: ranks share out the tokens, each with all rows, so
-// that no table is made twice; they meet once a block, when keys and values are in the cache.
+// Few tokens: ranks share out the rows of every linear, and the heads. Many tokens: ranks share out
+// the tokens, each with all rows, so that no table is made twice; they meet once a block, when keys and values are in the cache.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "../int4.h"
+#include "../spent.h"
 #include "../tiles.h"
 #include "model.h"
 
@@ -46,8 +47,13 @@ struct Reader::Work {
   int64_t count() const { return static_cast<int64_t>(tokens.size()); }
   int size() const { return reader.team_.size(); }
   Range own_tokens(int rank) const { return by_tokens ? share(count(), rank, size()) : Range{0, count()}; }
+  void meet() {
+    mark(Part::rest);
+    reader.team_.meet();
+    mark(Part::waiting);
+  }
   void meet_if_rows() {
-    if (!by_tokens) reader.team_.meet();
+    if (!by_tokens) meet();
   }
 
   // This rank's rows of several linears with the same input, for its tokens.
@@ -83,9 +89,12 @@ Reader::Reader(Model model, Team& team) : model_(std::move(model)), level_(level
 void Reader::rank_main(int rank, void* context) {
   Work& work = *static_cast<Work*>(context);
   Reader& reader = work.reader;
+  const Counting counting(rank == 0 && reader.is_counting_ ? &reader.spent_ : nullptr);
   for (size_t i = 0; i < reader.model_.blocks.size(); ++i) reader.block(work, reader.model_.blocks[i], static_cast<int64_t>(i), rank);
-  if (work.by_tokens) reader.team_.meet();  // the head's rows are shared out, whoever read the token
+  if (work.by_tokens) work.meet();  // the head's rows are shared out, whoever read the token
+  mark(Part::rest);
   reader.logits(work, rank);
+  mark(Part::head);
 }
 
 void Reader::read(const std::vector<Token>& tokens) {
@@ -143,6 +152,7 @@ void Reader::block(Work& work, const Block& block, int64_t index, int rank) {
   };
 
   norm(block.input_norm);
+  mark(Part::rest);
   work.linears(normed, hidden, own,
                {{&block.query, query_.data(), heads}, {&block.key, key_.data(), keys}, {&block.value, value_.data(), keys}}, rank);
   work.meet_if_rows();
@@ -163,19 +173,22 @@ void Reader::block(Work& work, const Block& block, int64_t index, int rank) {
       work.maths.remember(value_.data() + t * keys + which * shape.head, shape.head, token.position, token.sequence->values(index, which));
     }
   }
-  team_.meet();
+  work.meet();
 
   const Range queries = work.by_tokens ? Range{0, shape.heads} : share(shape.heads, rank, work.size());
   for (int64_t t = own.begin; t < own.end; ++t) {
     const Token& token = work.tokens[static_cast<size_t>(t)];
     const int64_t last = token.position + 1, first = block.window > 0 ? std::max<int64_t>(0, last - block.window) : 0;
-    float* scores = at_least(scores_buffer, last - first);
-    for (int64_t h = queries.begin; h < queries.end; ++h) {
-      work.maths.attend(query_.data() + t * heads + h * shape.head, token.sequence->keys(index, h / group), token.sequence->values(index, h / group),
-                        first, last, shape.head, 1.0F / std::sqrt(static_cast<float>(shape.head)), scores,
-                        mixed_.data() + t * heads + h * shape.head);
+    float* scores = at_least(scores_buffer, maths::kHeads * (last - first));
+    for (int64_t h = queries.begin, next = 0; h < queries.end; h = next) {
+      next = std::min({queries.end, (h / group + 1) * group, h + maths::kHeads});  // heads that share a head of keys
+      const int64_t at = t * heads + h * shape.head;
+      work.maths.attend({query_.data() + at, mixed_.data() + at, static_cast<int>(next - h), shape.head, shape.head,
+                         token.sequence->keys(index, h / group), token.sequence->values(index, h / group), first, last,
+                         1.0F / std::sqrt(static_cast<float>(shape.head)), scores});
     }
   }
+  mark(Part::attention);
   work.meet_if_rows();
 
   work.linears(mixed_.data() + own.begin * heads, heads, own, {{&block.output, part_.data(), hidden}}, rank);
@@ -183,6 +196,7 @@ void Reader::block(Work& work, const Block& block, int64_t index, int rank) {
   work.meet_if_rows();
 
   norm(block.inner_norm);
+  mark(Part::rest);
   // Gate and up have the same rows: a rank multiplies its own of both.
   const int64_t rows = rows_of(work.level.layout), tiles = tiles_of(work.level, block.gate);
   const Range part = work.by_tokens ? Range{0, tiles} : share(tiles, rank, work.size());
@@ -193,6 +207,7 @@ void Reader::block(Work& work, const Block& block, int64_t index, int rank) {
     rows_of_linear(work.level, block.gate, normed + t * hidden, hidden, few, part.begin, part.end, gate, inner);
     rows_of_linear(work.level, block.up, normed + t * hidden, hidden, few, part.begin, part.end, up, inner);
     for (int i = 0; i < few; ++i) work.maths.swiglu(gate + i * inner + begin, up + i * inner + begin, end - begin);
+    mark(Part::rest);
   }
   work.meet_if_rows();
 

@@ -16,16 +16,35 @@ void penalize(float* logits, int64_t n, float penalty, const std::vector<int64_t
   }
 }
 
+constexpr int64_t kStretch = 1024;  // logits whose largest is known, so that most of them are looked at once
+
+// The largest of every stretch; false where any is NaN.
+bool largest_of_stretches(const float* logits, int64_t n, std::vector<float>& largest) {
+  int strange = 0;
+  largest.clear();
+  for (int64_t start = 0; start < n; start += kStretch) {
+    const int64_t end = std::min(n, start + kStretch);
+    float most = logits[start];
+#pragma omp simd reduction(max : most) reduction(| : strange)
+    for (int64_t id = start; id < end; ++id) {
+      most = logits[id] > most ? logits[id] : most;
+      strange |= static_cast<int>(logits[id] != logits[id]);
+    }
+    largest.push_back(most);
+  }
+  return strange == 0;
+}
+
 }  // namespace
 
 int64_t pick(float* logits, int64_t n, const Sampling& sampling, const std::vector<int64_t>& seen, double random) {
-  for (int64_t id = 0; id < n; ++id)
-    if (std::isnan(logits[id])) return -1;
   if (sampling.repetition_penalty != 1) penalize(logits, n, sampling.repetition_penalty, seen);
-  const int64_t best = std::max_element(logits, logits + n) - logits;
-  const float most = logits[best];
+  thread_local std::vector<float> largest;
+  if (!largest_of_stretches(logits, n, largest)) return -1;
+  const int64_t stretch = std::max_element(largest.begin(), largest.end()) - largest.begin();
+  const float most = largest[static_cast<size_t>(stretch)];
   if (!std::isfinite(most)) return -1;
-  if (sampling.temperature <= 0) return best;
+  if (sampling.temperature <= 0) return std::find(logits + stretch * kStretch, logits + n, most) - logits;
 
   // In the order of transformers: temperature, top-k, top-p, min-p. Below e^-40 of the likeliest nothing is ever drawn.
   struct Candidate {
@@ -33,8 +52,12 @@ int64_t pick(float* logits, int64_t n, const Sampling& sampling, const std::vect
     int64_t id;
   };
   std::vector<Candidate> candidates;
-  for (int64_t id = 0; id < n; ++id)
-    if (logits[id] >= most - sampling.temperature * 40) candidates.push_back({logits[id], id});
+  const float least = most - sampling.temperature * 40;
+  for (int64_t start = 0; start < n; start += kStretch) {
+    if (largest[static_cast<size_t>(start / kStretch)] < least) continue;
+    for (int64_t id = start; id < std::min(n, start + kStretch); ++id)
+      if (logits[id] >= least) candidates.push_back({logits[id], id});
+  }
   const auto likelier = [](const Candidate& a, const Candidate& b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); };
   if (sampling.top_k > 0 && static_cast<int64_t>(candidates.size()) > sampling.top_k) {
     std::nth_element(candidates.begin(), candidates.begin() + sampling.top_k, candidates.end(), likelier);

@@ -7,7 +7,8 @@
 namespace bimos {
 namespace {
 
-constexpr int kSpins = 20000;  // some tens of microseconds
+constexpr int kSpins = 20000;  // some hundred microseconds
+constexpr int kFewSpins = 50;  // where threads are more than cores, who spins keeps out whom it waits for
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -18,8 +19,8 @@ inline void pause() {
 }
 
 // Until `value` is no longer `old`.
-void wait_while(const std::atomic<uint32_t>& value, uint32_t old) {
-  for (int spin = 0; spin < kSpins; ++spin) {
+void wait_while(const std::atomic<uint32_t>& value, uint32_t old, int spins) {
+  for (int spin = 0; spin < spins; ++spin) {
     if (value.load(std::memory_order_acquire) != old) return;
     pause();
   }
@@ -28,7 +29,8 @@ void wait_while(const std::atomic<uint32_t>& value, uint32_t old) {
 
 }  // namespace
 
-Team::Team(int size) : size_(size), process_(getpid()) {
+Team::Team(int size)
+    : size_(size), process_(getpid()), spins_(size <= static_cast<int>(std::thread::hardware_concurrency()) ? kSpins : kFewSpins) {
   try {
     for (int rank = 1; rank < size; ++rank) threads_.emplace_back(&Team::work, this, rank);
   } catch (...) {  // the system has no more threads to give
@@ -64,7 +66,7 @@ void Team::run(void (*task)(int, void*), void* context) {
   attempt(0);
   const auto others = static_cast<uint32_t>(size_ - 1);
   for (uint32_t done = done_.load(std::memory_order_acquire); done != others; done = done_.load(std::memory_order_acquire)) {
-    wait_while(done_, done);
+    wait_while(done_, done, spins_);
   }
   if (!failed_.load(std::memory_order_relaxed)) return;
   arrived_.store(0, std::memory_order_relaxed);
@@ -93,7 +95,7 @@ void Team::meet() {
     meeting_.fetch_add(1, std::memory_order_release);
     meeting_.notify_all();
   } else {
-    wait_while(meeting_, meeting);
+    wait_while(meeting_, meeting, spins_);
     if (failed_.load(std::memory_order_relaxed)) throw Abandoned();
   }
 }
@@ -101,7 +103,7 @@ void Team::meet() {
 void Team::work(int rank) {
   uint32_t seen = 0;
   for (;;) {
-    wait_while(call_, seen);
+    wait_while(call_, seen, spins_);
     ++seen;
     if (stop_.load()) return;
     attempt(rank);

@@ -40,6 +40,7 @@ class Team {
 
   const int size_;
   const int64_t process_;
+  const int spins_;
   std::vector<std::thread> threads_;
   void (*task_)(int, void*) = nullptr;
   void* context_ = nullptr;

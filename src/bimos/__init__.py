@@ -15,13 +15,17 @@ from bimos.packing import registration
 
 __version__ = "0.1.0"
 
-__all__ = ["BimosError", "__version__", "available_methods", "quantize"]
+__all__ = ["BimosError", "Engine", "Sampling", "__version__", "available_methods", "quantize"]
 
 
 def __getattr__(name: str) -> Any:
-    """The rest of the public API, imported when first used: `quantize`, `available_methods`, methods' configs."""
+    """The rest of the public API, imported when first used: `quantize`, `Engine`, `Sampling`, `available_methods`, methods' configs."""
     if name == "quantize":
         return import_module("bimos.quantize").quantize
+    if name == "Engine":
+        return import_module("bimos.engine").Engine
+    if name == "Sampling":
+        return import_module("bimos.generation").Sampling
     if name == "available_methods":
         return import_module("bimos.methods").available_methods
     if name.endswith("Config"):

@@ -36,6 +36,7 @@ SETTINGS = (  # of transformers' generate, that change what is said and that the
     *("no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "min_new_tokens", "min_length", "sequence_bias"),
     *("forced_bos_token_id", "forced_eos_token_id", "encoder_repetition_penalty", "exponential_decay_length_penalty"),
 )
+PARTS = ("products", "tables", "scales", "router", "attention", "head", "rest", "waiting")  # csrc/spent.h
 KEPT = 4  # sequences whose beginnings later prompts may share
 _LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -213,6 +214,14 @@ class Engine:
                 yield step
         finally:
             self._keep(opened)
+
+    def spent(self, go_on: bool) -> dict[str, float]:
+        """Seconds that one of the engine's threads spent on every part of its work, counted since the last call that asked to `go_on`.
+
+        Waiting is for other threads. Counting costs some hundredths of a step.
+        """
+        seconds = torch.ops.bimos.engine_spent(self._id, go_on)
+        return dict(zip(PARTS, seconds, strict=True))
 
     def stream(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Iterator[str]:
         """What follows `prompt`, piece by piece, each as soon as it forms whole words.

@@ -19,6 +19,7 @@ from bimos.evaluation import bandwidth
 from bimos.evaluation.bandwidth import Bandwidth, last_caches
 from bimos.evaluation.speed import EngineRunner, Runs, TransformersRunner, bytes_read, measure
 from bimos.kernels import native
+from bimos.models import load_model
 from bimos.packing.checkpoint import save_packed
 
 Packed = Callable[..., PreTrainedModel]
@@ -188,3 +189,30 @@ def test_bad_input(options: list[str], fragment: str, directory: Path) -> None:
 def test_no_such_model() -> None:
     with pytest.raises(BimosError, match=r"\./no-such-model"):
         measure("./no-such-model", FEW)
+
+
+@needs_kernels
+def test_fewer_bits_are_fewer_bytes(directory: Path) -> None:
+    few = Runs(prompts=(20,), batches=(1,), tokens=5, repeats=1, threads=1)
+    plain = measure(directory, few)
+    options = {"head_bits": 4, "cache_bits": 8, "activation": "int8"}
+    fewer = measure(directory, few, options=options)
+    assert fewer["options"] == options and plain["options"] == {"head_bits": None, "cache_bits": 16, "activation": "exact"}
+    assert fewer["runs"][0]["bytes_per_step"] < plain["runs"][0]["bytes_per_step"]
+    assert fewer["memory"]["cache_per_position"] < plain["memory"]["cache_per_position"]
+
+
+@needs_kernels
+def test_a_step_by_parts(directory: Path) -> None:
+    few = Runs(prompts=(3,), batches=(1,), tokens=8, repeats=1, threads=2)
+    parts = measure(directory, few)["parts"]
+    assert list(parts) == ["products", "tables", "scales", "router", "attention", "head", "rest", "waiting"]
+    assert all(seconds > 0 for seconds in parts.values())
+    engine = Engine(load_model(directory), threads=1)
+    list(EngineRunner(engine).steps([[5, 6, 7]], 4))
+    assert not any(engine.spent(go_on=False).values())  # nobody asked
+
+
+def test_bits_are_the_engines(dense_directory: Path) -> None:
+    result = run(dense_directory, "--prompt", 3, "--tokens", 2, "--repeats", 1, "--head-bits", 4)
+    assert result.exit_code == 2 and "--head-bits" in result.stderr

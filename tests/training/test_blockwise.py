@@ -195,17 +195,17 @@ def test_starts_fit_the_time(tmp_path: Path, windows: Tensor, monkeypatch: pytes
 
     monkeypatch.setattr(blockwise, "initialise_block", start)
     monkeypatch.setattr(blockwise.time, "monotonic", lambda: now[0])
-    report = reconstruct(tmp_path / "few", windows, config(epochs=1), seconds=43.0)
-    assert seen == [8, 4, 4]  # 19 of the 43 seconds, then 12 each: 3 and 2 a sequence; whole batches
-    assert report["seconds"] == 41
+    report = reconstruct(tmp_path / "few", windows, config(epochs=1), seconds=49.0)
+    assert seen == [8, 8, 4]  # 19 of the 49 seconds leave 15 each, enough for 6; the second block takes 19, too; 11 are left
+    assert report["seconds"] == 49
     whole = load_file(tmp_path / "few" / "block-002.safetensors")
     (tmp_path / "few" / "block-002.safetensors").unlink()
-    reconstruct(tmp_path / "few", windows, config(epochs=1), seconds=43.0)
-    assert seen == [8, 4, 4, 4]  # remembered, and the same ones
+    reconstruct(tmp_path / "few", windows, config(epochs=1), seconds=49.0)
+    assert seen == [8, 8, 4, 4]  # remembered, and the same ones
     torch.testing.assert_close(load_file(tmp_path / "few" / "block-002.safetensors"), whole, rtol=0, atol=0)
     now[0], seen[:] = 0.0, []
     reconstruct(tmp_path / "none", windows, config(epochs=1), seconds=1.0)
-    assert seen == [8, 4, 4]  # never less than a batch
+    assert seen == [8, 8, 4]  # never less than a batch
     now[0], seen[:] = 0.0, []
     reconstruct(tmp_path / "many", windows, config(epochs=1), seconds=100.0)
     assert seen == [8, 8, 8]

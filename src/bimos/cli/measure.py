@@ -13,7 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bimos.cli import show
-from bimos.cli.group import Json, console, quiet, write_result
+from bimos.cli.group import Activation, CacheBits, HeadBits, Json, console, quiet, write_result
 from bimos.errors import BimosError
 
 Model = Annotated[
@@ -28,9 +28,7 @@ def evaluate(
     windows: Annotated[int | None, typer.Option(metavar="N", help="Only the first windows of each text.")] = None,
     context: Annotated[int, typer.Option(metavar="N", help="Tokens a window.")] = 2048,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first documents of each task.")] = None,
-    activation: Annotated[
-        str, typer.Option(metavar="HOW", help="exact, or int8: faster and less exact (packed models on a CPU).")
-    ] = "exact",
+    activation: Activation = "exact",
     json: Json = None,
 ) -> None:
     """Measure perplexity and zero-shot accuracy.
@@ -84,6 +82,9 @@ def bench(
     tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to decode behind each prompt.")] = 64,
     repeats: Annotated[int, typer.Option(metavar="N", help="Rounds; figures are medians over them.")] = 5,
     threads: Annotated[int | None, typer.Option(metavar="N", help="As many as torch takes if not given.", show_default=False)] = None,
+    head_bits: HeadBits = None,
+    cache_bits: CacheBits = 16,
+    activation: Activation = "exact",
     json: Json = None,
 ) -> None:
     """Measure how fast a model reads and decodes on this CPU.
@@ -94,14 +95,17 @@ def bench(
     Example: `bimos bench smollm2-1bit --prompt 16,512 --threads 2 --json speed.json`
     """
     quiet()
+    from bimos.engine import check_options
     from bimos.evaluation.speed import Runs, measure
     from bimos.evaluation.versions import provenance
 
+    check_options(head_bits, cache_bits, activation)
+    options = {"head_bits": head_bits, "cache_bits": cache_bits, "activation": activation}
     runs = Runs(_numbers("prompt", prompt), _numbers("batch", batch), tokens, repeats, threads)
     out = console(json)
     with Progress(console=out, transient=True, disable=not out.is_terminal) as bars:
         bar = bars.add_task("runs")
-        measured = measure(model, runs, lambda done, total: bars.update(bar, completed=done, total=total))
+        measured = measure(model, runs, lambda done, total: bars.update(bar, completed=done, total=total), options)
     result = {"model": model, **measured, **provenance()}
     show.speed(out, result)
     write_result(json, result)

@@ -90,6 +90,10 @@ def speed(out: Console, result: dict[str, Any]) -> None:
     out.print(table)
     if result["runs"][0]["bytes_per_step"] is None:
         out.print("bytes read a token are not known: every token sees other weights of a mixture-of-experts model")
+    if result["parts"]:
+        total = sum(result["parts"].values())
+        parts = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in result["parts"].items())
+        out.print(f"a step of one sequence, {1000 * total:.2f} ms in one of the threads: {parts}", markup=False)
     bandwidth, memory = result["bandwidth"], result["memory"]
     for name, where in (("memory", "memory"), ("cache", "the last cache")):
         read = bandwidth[name]

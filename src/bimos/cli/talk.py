@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bimos.cli.group import Json, console, quiet, write_result
+from bimos.cli.group import Activation, CacheBits, HeadBits, Json, console, quiet, write_result
 from bimos.errors import BimosError
 
 Model = Annotated[
@@ -22,17 +22,6 @@ TopK = Annotated[int, typer.Option(metavar="K", min=0, help="Sample from so many
 MinP = Annotated[float, typer.Option(metavar="P", help="Sample from tokens at least this probable, times the likeliest one.")]
 Penalty = Annotated[float, typer.Option("--repetition-penalty", metavar="R", help="Above 1, tokens that were there become less likely.")]
 Seed = Annotated[int | None, typer.Option(metavar="N", min=0, max=2**32 - 1, help="The same seed gives the same text.", show_default=False)]
-HeadBits = Annotated[
-    int | None,
-    typer.Option(
-        metavar="8|4",
-        help="Bits a weight of the head, whatever the checkpoint has (engine only); 4 cost a 135M model 0.7 % of perplexity.",
-        show_default="as stored",
-    ),
-]
-CacheBits = Annotated[int, typer.Option(metavar="16|8", help="Bits of cached keys and values (engine only); 8 take half the memory.")]
-
-Activation = Annotated[str, typer.Option(metavar="HOW", help="exact, or int8: faster and less exact (packed models on a CPU).")]
 
 
 def generate(

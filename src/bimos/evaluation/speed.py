@@ -30,6 +30,7 @@ from bimos.generation import Sampling
 from bimos.kernels import native
 from bimos.models import has_experts, load_model
 from bimos.packing.embedding import Int8Embedding
+from bimos.packing.linear import set_activation
 
 Prompts = list[list[int]]
 
@@ -94,12 +95,18 @@ class TransformersRunner:
         self.cache_bytes = held // (len(prompts) * cache.get_seq_length())
 
 
-def measure(source: str | Path, runs: Runs, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+def measure(
+    source: str | Path, runs: Runs, progress: Callable[[int, int], None] | None = None, options: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Load a model on the CPU and measure it; a first round is thrown away, figures are medians over the others.
+
+    Args:
+        options: of the engine: `head_bits`, `cache_bits`, `activation`.
 
     Returns:
         `runs_in`, `why` it is not the engine (or None), `threads`, `dtype`, `repeats`; `runs`, a list with a row for every prompt length
-        and batch size; `bandwidth` as `Bandwidth.result` has it; `memory` in bytes: the process before loading and at its peak (both
+        and batch size; `parts`, seconds of a step of one sequence behind the shortest prompt by what they go to, in one thread (None in
+        transformers); `bandwidth` as `Bandwidth.result` has it; `memory` in bytes: the process before loading and at its peak (both
         without the buffer of the bandwidth), weights as stored, keys and values of a position and of the longest run.
 
     Raises:
@@ -111,14 +118,19 @@ def measure(source: str | Path, runs: Runs, progress: Callable[[int, int], None]
     if limit is not None and longest > limit:
         raise BimosError(f"--prompt {max(runs.prompts)} and --tokens {runs.tokens} take {longest} positions: the model has {limit}")
     config, why = model.config.get_text_config(), refusal(model)
+    options = {"head_bits": None, "cache_bits": 16, "activation": "exact"} | (options or {})
+    if why:
+        if options["head_bits"] is not None or options["cache_bits"] != 16:
+            raise BimosError(f"--head-bits and --cache-bits are the engine's, and it does not run this model ({why}): leave them out")
+        set_activation(model, options["activation"])
     weights = sum(tensor.nbytes for tensor in _tensors(model).values())
-    read = None if has_experts(model, model) else bytes_read(model)
+    read = None if has_experts(model, model) else bytes_read(model, options["head_bits"])
     result: dict[str, Any] = {"runs_in": "transformers" if why else f"engine, {native.isa()}", "why": why}
     result["dtype"] = str(model.dtype).removeprefix("torch.")
     try:
         torch.set_num_threads(runs.threads or torch_threads)
         result |= {"threads": torch.get_num_threads(), "repeats": runs.repeats}
-        runner: Any = TransformersRunner(model) if why else EngineRunner(Engine(model))
+        runner: Any = TransformersRunner(model) if why else EngineRunner(Engine(model, **options))
         del model
         rounds = _Rounds(runner, runs, config.vocab_size, progress)
         rounds.run()
@@ -128,10 +140,12 @@ def measure(source: str | Path, runs: Runs, progress: Callable[[int, int], None]
         for _ in range(runs.repeats):
             rounds.run()
             bandwidth.sample()
+        parts = None if why else rounds.parts()
     finally:
         torch.set_num_threads(torch_threads)
+    result |= {"options": options, "parts": parts}
     result["bandwidth"] = speeds = bandwidth.result()
-    position = runner.cache_bytes if why else _engine_cache_bytes(config)
+    position = runner.cache_bytes if why else _engine_cache_bytes(config, options["cache_bits"])
     seen = [0] if why else windows(config)
     result["runs"] = []
     for (prompt, batch), (first, step) in rounds.medians().items():
@@ -172,6 +186,18 @@ class _Rounds:
             if self.progress:
                 self.progress(self.done, (self.runs.repeats + 1) * len(self.kinds))
 
+    def parts(self) -> dict[str, float]:
+        """Seconds of a step of one sequence behind the shortest prompt, by part (`Engine.spent`)."""
+        assert isinstance(self.runner, EngineRunner)
+        engine, tokens = self.runner.engine, 4 * self.runs.tokens
+        tokens = max(1, min(tokens, engine.config.max_position_embeddings - min(self.runs.prompts) - 1))
+        ids = torch.randint(self.vocabulary, (1, min(self.runs.prompts)), generator=self.generator).tolist()
+        steps = self.runner.steps(ids, tokens + 1)
+        next(steps)
+        engine.spent(go_on=True)
+        count = sum(1 for _ in steps)
+        return {name: seconds / count for name, seconds in engine.spent(go_on=False).items()}
+
     def medians(self) -> dict[tuple[int, int], tuple[float, float]]:
         """Seconds to the first token, and for a step after it."""
         return {kind: (statistics.median(self.firsts[kind]), statistics.median(self.steps[kind])) for kind in self.kinds}
@@ -185,14 +211,19 @@ def stopwatch(steps: Iterator[Any]) -> list[float]:
     return [end - start for start, end in itertools.pairwise(stamps)]
 
 
-def bytes_read(model: nn.Module) -> int:
-    """Bytes of weights, as stored, that a step reads: all of them, but of a table that only embeds one row."""
+def bytes_read(model: nn.Module, head_bits: int | None = None) -> int:
+    """Bytes of weights that a step reads: all as stored, but of a table that only embeds one row; a head of other bits in those."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     total = sum(tensor.nbytes for tensor in _tensors(model).values())
     for module in model.modules():
         if isinstance(module, nn.Embedding | Int8Embedding) and (head is None or head.weight.data_ptr() != module.weight.data_ptr()):
             own = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
             total -= own - own // module.weight.shape[0]
+    if head is not None and head_bits is not None:
+        rows, width = head.weight.shape
+        scales = 4 * rows + (0 if head_bits == 8 else 2 * rows * -(-width // 32))  # of rows; of 32 inputs
+        stored = head.weight.nbytes + (head.scale.nbytes if hasattr(head, "scale") else 0)
+        total += rows * width * head_bits // 8 + scales - stored
     return total
 
 
@@ -201,7 +232,7 @@ def _tensors(model: nn.Module) -> dict[int, torch.Tensor]:
     return {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()}
 
 
-def _engine_cache_bytes(config: Any) -> int:
-    """Bytes of keys and values (bfloat16) of one position."""
+def _engine_cache_bytes(config: Any, bits: int) -> int:
+    """Bytes of keys and values of one position: bfloat16, or int8 with a float32 scale a head."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * (2 * head if bits == 16 else head + 4)

@@ -20,7 +20,7 @@ from bimos.errors import BimosError
 from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, register, require_multiple_of_8
 from bimos.methods.compensation import Fit, compensated_fit, signs_of
 from bimos.methods.mixing import mix, route_and_mix
-from bimos.methods.ste import compute_dtype, sign_ste, weighted_rank_one
+from bimos.methods.ste import compute_dtype, sign_linear, weighted_rank_one
 from bimos.packing.format import pack_signs
 
 SAMPLES_OF_DOUBT = 64  # a sample of this many vectors says no more about experts than the scale that they share
@@ -101,7 +101,7 @@ class BinaryMoSLinear(TrainableLinear):
             scaled = mix(x, None, self.scale_in)
         else:
             scaled, gate = route_and_mix(x, self.router, self.scale_in)
-        y = mix(F.linear(scaled, sign_ste(self.weight, x)), gate, self.scale_out)
+        y = mix(sign_linear(scaled, self.weight), gate, self.scale_out)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def pack(self) -> dict[str, Tensor]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bimos.kernels import native
 
 
 class SignSTE(torch.autograd.Function):
@@ -60,11 +64,15 @@ class SharedSigns:
         for latent, signs in zip(self._latents, self._signs, strict=True):
             write_signs(latent.detach(), signs)
             latent.shared_signs = signs.detach().requires_grad_(latent.requires_grad)  # type: ignore[attr-defined]
+            if signs.dtype == torch.bfloat16 and tables_pay(latent):
+                latent.shared_tiles = (_tiled(latent, False), _tiled(latent, True))  # type: ignore[attr-defined]
 
     def __exit__(self, *_: object) -> None:
         for latent, buffer in zip(self._latents, self._grads, strict=True):
             grad = latent.shared_signs.grad  # type: ignore[attr-defined]
             del latent.shared_signs  # type: ignore[attr-defined]
+            if hasattr(latent, "shared_tiles"):
+                del latent.shared_tiles
             if grad is None or buffer is None:
                 continue
             if latent.grad is None:
@@ -84,6 +92,53 @@ def sign_ste(weight: Tensor, x: Tensor) -> Tensor:
     dtype = compute_dtype(x)
     shared = getattr(weight, "shared_signs", None)
     return shared if shared is not None and shared.dtype == dtype else SignSTE.apply(weight, dtype)
+
+
+def sign_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x [..., in] sign(weight)^T`, straight through, in the dtype of autocast or `x`.
+
+    With shared signs in bfloat16, by the tables of packed linears where those are the faster way (`tables_pay`), forward and for the
+    gradient of `x`. The gradient of the signs is torch's own product.
+    """
+    signs, tiles = sign_ste(weight, x), getattr(weight, "shared_tiles", None)
+    if tiles is None or not x.dtype == signs.dtype == torch.bfloat16:
+        return F.linear(x, signs)
+    return _TableProduct.apply(x, signs, *tiles[0], *tiles[1])
+
+
+def tables_pay(latent: Tensor) -> bool:
+    """Whether products with the signs of `latent [out, in]` are faster by tables than by torch: AVX-512 without a matrix unit."""
+    is_covered = (
+        latent.device.type == "cpu" and latent.dtype == torch.float32 and latent.dim() == 2 and all(n % 8 == 0 for n in latent.shape)
+    )
+    return is_covered and native.isa() == "avx512" and not _has_matrix_unit()
+
+
+@functools.cache
+def _has_matrix_unit() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def _tiled(latent: Tensor, transposed: bool) -> tuple[Tensor, Tensor | None]:
+    """Bits of the signs and their tiles."""
+    bits = torch.ops.bimos.sign_bits(latent.detach(), transposed)
+    return bits, native.tile(bits)
+
+
+class _TableProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, signs: Tensor, *tiles: Tensor) -> Tensor:
+        bits, tiled, ctx.bits, ctx.tiled = tiles
+        ctx.save_for_backward(x)
+        y: Tensor = torch.ops.bimos.packed_linear(x, bits, None, None, None, None, None, tiled)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        of_x = torch.ops.bimos.packed_linear(grad, ctx.bits, None, None, None, None, None, ctx.tiled)
+        of_signs = grad.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return of_x, of_signs, None, None, None, None
 
 
 def rank_one_svd(magnitude: Tensor) -> tuple[Tensor, Tensor]:

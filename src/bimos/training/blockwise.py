@@ -56,7 +56,8 @@ def reconstruct_blocks(
     Args:
         windows: calibration tokens `[n, T]`, n a multiple of `config.blocks.batch_size`.
         seconds: time for all blocks together, or None for the epochs that the config asks for. Where they are too few for a start on as
-            many sequences as the config asks for, the blocks after the first see fewer, all of them about the same number.
+            many sequences as the config asks for, the blocks after the first see fewer, all of them about the same number, and no block is
+            trained.
 
     Returns:
         The stage's report: tokens, seconds, tokens per second and block, peak memory, first and last error of every block.
@@ -88,6 +89,8 @@ def reconstruct_blocks(
         else:
             start = time.monotonic()
             left = None if seconds is None else max(0.0, (seconds - worked) / (len(blocks) - index))
+            if len(stream) < len(windows):
+                left = 0.0  # not even the start has all it asks for: steps on so few would fit them alone
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
             solving = initialise_block(block, trainable, local, call, (stream, student_stream), size, method, config.initialise, generator)
             targets = advance(block, call, stream, size, out=stream)
@@ -99,7 +102,15 @@ def reconstruct_blocks(
             entry["next_sequences"] = float(len(stream))
             if seconds is not None and index + 1 < len(blocks):
                 each = (seconds - worked - entry["seconds"]) / (len(blocks) - index - 1)
-                entry["next_sequences"] = float(_affordable(each, solving, entry["seconds"] - training - solving, len(stream), size))
+                reading = entry["seconds"] - training - solving
+                # What is cut away does not come back: the second block decides, for the first one also warms up, and later ones are a
+                # little late rather than each on fewer than the one before.
+                needed = solving + reading
+                affordable = _affordable(each, solving, reading, len(stream), size)
+                if index == 0:
+                    entry["next_sequences"] = float(min(len(stream), 2 * affordable))
+                elif needed > (1.0 if index == 1 else 1.15) * each:
+                    entry["next_sequences"] = float(affordable)
             trained = {name: tensor for name, tensor in trainable.state_dict().items() if _is_trained(trainable, name)}
             save_tensors(trained, path, {key: repr(value) for key, value in entry.items()})
         kept = int(entry["next_sequences"])

@@ -1,0 +1,90 @@
+// Vectors of the compiler: one body, which it makes into what the target of the function that inlines it has.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <cstring>
+
+#define BIMOS_ALWAYS __attribute__((always_inline))
+#define BIMOS_INLINE inline BIMOS_ALWAYS
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are handed to functions that are always inlined
+
+namespace bimos {
+
+constexpr int kWidth = 16;
+using Floats = float __attribute__((vector_size(4 * kWidth)));
+using Words = uint32_t __attribute__((vector_size(4 * kWidth)));
+using Halves = uint16_t __attribute__((vector_size(2 * kWidth)));
+using Chars = int8_t __attribute__((vector_size(kWidth)));
+
+BIMOS_INLINE Floats spread(float value) { return Floats{} + value; }
+
+// Values between memory and a vector: all of it, or the first `count` where there are fewer.
+template <typename From, typename To>
+BIMOS_INLINE void copy(const From* from, To* to, int64_t count) {
+  constexpr size_t kBytes = sizeof(From) > sizeof(To) ? sizeof(From) : sizeof(To);
+  if (count >= kWidth) {
+    std::memcpy(to, from, kBytes);
+  } else {
+    std::memcpy(to, from, static_cast<size_t>(count) * (kBytes / kWidth));
+  }
+}
+
+// `count` values, zeros behind them: float32, bfloat16, int8.
+BIMOS_INLINE Floats load(const float* from, int64_t count) {
+  Floats values{};
+  copy(from, &values, count);
+  return values;
+}
+
+BIMOS_INLINE Floats load(const uint16_t* from, int64_t count) {
+  Halves halves{};
+  copy(from, &halves, count);
+  return std::bit_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
+}
+
+BIMOS_INLINE Floats load(const int8_t* from, int64_t count) {
+  Chars bytes{};
+  copy(from, &bytes, count);
+  return __builtin_convertvector(bytes, Floats);
+}
+
+BIMOS_INLINE void store(Floats values, float* to, int64_t count) { copy(&values, to, count); }
+
+BIMOS_INLINE void store(Floats values, uint16_t* to, int64_t count) {  // to nearest even; NaN stays NaN
+  const auto bits = std::bit_cast<Words>(values);
+  const auto strange = std::bit_cast<Words>(values != values);
+  const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Halves halves = __builtin_convertvector((rounded & ~strange) | (strange & 0x7fc0), Halves);
+  copy(&halves, to, count);
+}
+
+BIMOS_INLINE float sum_of(Floats values) {
+  float sum = 0;
+  for (int i = 0; i < kWidth; ++i) sum += values[i];
+  return sum;
+}
+
+// The sums of sixteen vectors, one a lane: halves of two are laid side by side and added, four times.
+BIMOS_INLINE Floats sums_of(const Floats* rows) {
+  Floats twos[8], fours[4], eights[2];
+  for (int i = 0; i < 8; ++i) {
+    const Floats a = rows[2 * i], b = rows[2 * i + 1];
+    twos[i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23) +
+              __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const Floats a = twos[2 * i], b = twos[2 * i + 1];
+    fours[i] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23) +
+               __builtin_shufflevector(a, b, 8, 9, 24, 25, 10, 11, 26, 27, 12, 13, 28, 29, 14, 15, 30, 31);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const Floats a = fours[2 * i], b = fours[2 * i + 1];
+    eights[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23) +
+                __builtin_shufflevector(a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  }
+  return __builtin_shufflevector(eights[0], eights[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+         __builtin_shufflevector(eights[0], eights[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+
+}  // namespace bimos

@@ -1,0 +1,86 @@
+"""Products with shared signs by tables: values and gradients against float64, and that tables are left alone where they do not pay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bimos.kernels import native
+from bimos.methods import ste
+from bimos.methods.ste import SharedSigns, sign_linear
+
+needs_kernels = pytest.mark.skipif(native.isa() is None, reason=f"no C++ kernels: {native.problem}")
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables pay on every level, so that any processor tests them."""
+    monkeypatch.setattr(ste, "tables_pay", lambda latent: all(n % 8 == 0 for n in latent.shape))
+
+
+def passes(latent: nn.Parameter, x: Tensor, towards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, gradient of x and gradient of the latent, of two halves of a batch."""
+    x = x.detach().requires_grad_()
+    with SharedSigns([latent], x.dtype):
+        y = torch.stack([sign_linear(half, latent) for half in x])
+        (y * towards).sum().backward()
+    assert x.grad is not None and latent.grad is not None
+    grad, latent.grad = latent.grad, None
+    return y.detach(), x.grad, grad
+
+
+@needs_kernels
+@pytest.mark.parametrize(("out", "n_in"), [(8, 8), (40, 72), (200, 576), (1536, 64)])
+@pytest.mark.parametrize("tokens", [1, 3, 33])
+def test_tables_give_what_products_give(out: int, n_in: int, tokens: int, tables: None) -> None:
+    torch.manual_seed(out)
+    latent = nn.Parameter(torch.randn(out, n_in))
+    with torch.no_grad():
+        latent[0, :3] = torch.tensor([0.0, -0.0, -1e-30])
+    x, towards = torch.randn(2, tokens, n_in).bfloat16(), torch.randn(2, tokens, out).bfloat16()
+    signs = torch.where(latent.detach() >= 0, 1.0, -1.0).double()
+    expected = x.double() @ signs.T
+    of_signs = torch.einsum("bto,bti->oi", towards.double(), x.double()) * (latent.detach().abs() < 1)
+    y, of_x, of_latent = passes(latent, x, towards)
+    assert y.dtype == of_x.dtype == torch.bfloat16 and of_latent.dtype == torch.float32
+    for actual, wanted in ((y, expected), (of_x, towards.double() @ signs), (of_latent, of_signs)):
+        assert (actual.double() - wanted).norm() < 1e-2 * wanted.norm()
+    assert not hasattr(latent, "shared_tiles")
+
+
+@needs_kernels
+def test_signs_as_bits() -> None:
+    torch.manual_seed(0)
+    latent = torch.randn(24, 40)
+    latent[3, 5] = 0.0
+    signs = torch.where(latent >= 0, 1.0, -1.0)
+    from bimos.kernels.reference import unpack_signs
+
+    assert torch.equal(unpack_signs(torch.ops.bimos.sign_bits(latent, False))[0], signs)
+    assert torch.equal(unpack_signs(torch.ops.bimos.sign_bits(latent, True))[0], signs.T)
+    assert torch.equal(unpack_signs(torch.ops.bimos.sign_bits(latent.T, True))[0], signs)  # not contiguous
+    with pytest.raises(RuntimeError, match="multiple of 8"):
+        torch.ops.bimos.sign_bits(torch.zeros(12, 8), True)
+
+
+@pytest.mark.parametrize(("dtype", "out"), [(torch.float32, 16), (torch.bfloat16, 12)])
+def test_elsewhere_torch_multiplies(dtype: torch.dtype, out: int, tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ste, "_TableProduct", None)  # whoever calls it fails
+    latent = nn.Parameter(torch.randn(out, 16))
+    x, towards = torch.randn(2, 5, 16).to(dtype), torch.randn(2, 5, out).to(dtype)
+    y, _, _ = passes(latent, x, towards)
+    torch.testing.assert_close(y, x @ torch.where(latent.detach() >= 0, 1.0, -1.0).to(dtype).T)
+
+
+def test_tables_pay_only_where_they_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    latent = torch.zeros(16, 16)
+    monkeypatch.setattr(native, "isa", lambda: "avx512")
+    monkeypatch.setattr(ste, "_has_matrix_unit", lambda: False)
+    assert ste.tables_pay(latent)
+    assert not ste.tables_pay(torch.zeros(12, 16)) and not ste.tables_pay(latent.double()) and not ste.tables_pay(latent.to("meta"))
+    monkeypatch.setattr(ste, "_has_matrix_unit", lambda: True)
+    assert not ste.tables_pay(latent)
+    monkeypatch.setattr(ste, "_has_matrix_unit", lambda: False)
+    monkeypatch.setattr(native, "isa", lambda: "avx2")
+    assert not ste.tables_pay(latent)
