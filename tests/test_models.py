@@ -60,7 +60,7 @@ def test_damaged_models(damage: str, teacher_directory: Path, tmp_path: Path) ->
         (model / "config.json").write_text("{")
     else:
         weights.write_bytes(weights.read_bytes()[:-100] if damage == "truncated" else b"\xff" * 4000)
-    refused(f"cannot load '{model}'", load_model, model)
+    refused(f"'{model}/config.json' is corrupt" if damage == "no json" else f"cannot load '{model}'", load_model, model)
 
 
 def write_gguf(directory: Path, path: Path) -> None:
