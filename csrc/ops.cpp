@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "engine/memory.h"
+#include "memory.h"
 #include "tensors.h"
 #include "tiles.h"
 

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "../tensors.h"
-#include "memory.h"
+#include "../memory.h"
 #include "model.h"
 
 namespace bimos {

@@ -10,8 +10,6 @@
 
 namespace bimos::maths {
 
-BIMOS_INLINE float from_bfloat16(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
-
 BIMOS_INLINE uint16_t to_bfloat16(float value) {  // to nearest even; NaN stays NaN
   const auto bits = std::bit_cast<uint32_t>(value);
   const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;

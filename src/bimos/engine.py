@@ -104,6 +104,12 @@ def check_options(head_bits: int | None, cache_bits: int, activation: str) -> No
         raise BimosError(f"activation '{activation}' is not known; known: {', '.join(ACTIVATIONS)}")
 
 
+def refuse_bits(head_bits: int | None, cache_bits: int, why: str) -> None:
+    """Raises BimosError: bits that only the engine has, asked for a model that it does not run."""
+    if head_bits is not None or cache_bits != 16:
+        raise BimosError(f"--head-bits and --cache-bits are the engine's, and it does not run this model ({why}): leave them out")
+
+
 class Engine:
     """A packed model ready to decode. Several threads may use it: their calls take turns."""
 

@@ -124,7 +124,7 @@ def _say(piece: str, out: Any = None) -> None:
 def _load(model: str, seed: int | None, head_bits: int | None, cache_bits: int, activation: str) -> tuple[Any, Any]:
     import torch
 
-    from bimos.engine import Engine, check_options, is_engine_model, refusal
+    from bimos.engine import Engine, check_options, is_engine_model, refusal, refuse_bits
     from bimos.packing import mapped
     from bimos.packing.family import Unknown
     from bimos.tokens import load_tokenizer
@@ -153,7 +153,6 @@ def _load(model: str, seed: int | None, head_bits: int | None, cache_bits: int, 
     reason = refusal(loaded)
     if reason is None:
         return Engine(loaded, tokenizer, **options), tokenizer
-    if head_bits is not None or cache_bits != 16:
-        raise BimosError(f"--head-bits and --cache-bits are the engine's, and it does not run this model ({reason}): leave them out")
+    refuse_bits(head_bits, cache_bits, reason)
     set_activation(loaded, activation)
     return loaded, tokenizer

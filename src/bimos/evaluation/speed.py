@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from bimos.engine import Engine, refusal, windows
+from bimos.engine import Engine, refusal, refuse_bits, windows
 from bimos.errors import BimosError
 from bimos.evaluation.bandwidth import Bandwidth
 from bimos.evaluation.perplexity import maximum_context
@@ -120,8 +120,7 @@ def measure(
     config, why = model.config.get_text_config(), refusal(model)
     options = {"head_bits": None, "cache_bits": 16, "activation": "exact"} | (options or {})
     if why:
-        if options["head_bits"] is not None or options["cache_bits"] != 16:
-            raise BimosError(f"--head-bits and --cache-bits are the engine's, and it does not run this model ({why}): leave them out")
+        refuse_bits(options["head_bits"], options["cache_bits"], why)
         set_activation(model, options["activation"])
     weights = sum(tensor.nbytes for tensor in _tensors(model).values())
     read = None if has_experts(model, model) else bytes_read(model, options["head_bits"])
