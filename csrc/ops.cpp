@@ -50,6 +50,8 @@ const Level* level_for(int64_t in, int64_t block) {
   return nullptr;
 }
 
+constexpr int64_t kTilesWorthAThread = 1 << 15;  // bytes
+
 Tensor tile(const Tensor& weight, const Optional& scale_group) {
   STD_TORCH_CHECK(weight.dim() == 3 && weight.scalar_type() == ScalarType::Byte, "weight must be uint8 [planes, out, in/8]");
   const Tensor bits = compact(weight);
@@ -65,11 +67,19 @@ Tensor tile(const Tensor& weight, const Optional& scale_group) {
   const int64_t tiles = tile_count(used->layout, out), bytes = tile_bytes(used->layout, plane);
   Tensor result = torch::stable::new_empty(weight, std::array<int64_t, 3>{planes, tiles, bytes});
   ask_for_large_pages(result.mutable_data_ptr(), static_cast<size_t>(planes * tiles * bytes));
-  for (int64_t p = 0; p < planes; ++p) {
-    const auto* scales = groups ? static_cast<const uint16_t*>(groups->const_data_ptr()) + p * out * (in / block) : nullptr;
-    make_tiles(used->layout, static_cast<const uint8_t*>(bits.const_data_ptr()) + p * out * (in / 8), scales, out, in, block,
-               static_cast<uint8_t*>(result.mutable_data_ptr()) + p * tiles * bytes);
-  }
+  const int64_t rows = rows_of(used->layout), grain = std::max<int64_t>(1, kTilesWorthAThread / std::max<int64_t>(bytes, 1));
+  const auto* from = static_cast<const uint8_t*>(bits.const_data_ptr());
+  const auto* scales = groups ? static_cast<const uint16_t*>(groups->const_data_ptr()) : nullptr;
+  auto* to = static_cast<uint8_t*>(result.mutable_data_ptr());
+  torch::stable::parallel_for(0, planes * tiles, grain, [&](int64_t begin, int64_t end) {
+    while (begin < end) {  // a run of tiles of one plane
+      const int64_t p = begin / tiles, first = begin % tiles, count = std::min(tiles - first, end - begin);
+      const int64_t row = p * out + first * rows, there = std::min(out - first * rows, count * rows);
+      make_tiles(used->layout, from + row * (in / 8), scales == nullptr ? nullptr : scales + row * (in / block), there, in, block,
+                 to + begin * bytes);
+      begin += count;
+    }
+  });
   return result;
 }
 

@@ -6,7 +6,9 @@
 #include <vector>
 
 #include "mixing.h"
+#include "signs.h"
 #include "tensors.h"
+#include "tiles.h"
 
 namespace bimos {
 namespace {
@@ -121,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Optional& 
 }
 
 // Bits of the signs (0 and above is 1) of a float32 matrix [out, in], or of its transpose: uint8 [1, rows, columns / 8].
-Tensor sign_bits(const Tensor& latent, bool transposed) {
+Tensor bits_of_signs(const Tensor& latent, bool transposed) {
   STD_TORCH_CHECK(latent.dim() == 2 && latent.scalar_type() == ScalarType::Float, "sign_bits takes a float32 matrix");
   const Tensor source = compact(latent);
   const int64_t out = latent.size(0), in = latent.size(1), rows = transposed ? in : out, columns = transposed ? out : in;
@@ -129,21 +131,17 @@ Tensor sign_bits(const Tensor& latent, bool transposed) {
   Tensor result = torch::stable::new_empty(latent, std::array<int64_t, 3>{1, rows, columns / 8}, ScalarType::Byte);
   const auto* values = static_cast<const float*>(source.const_data_ptr());
   auto* bits = static_cast<uint8_t*>(result.mutable_data_ptr());
-  if (!transposed) {
-    for (int64_t i = 0; i < out * in / 8; ++i) {
-      uint8_t byte = 0;
-      for (int bit = 0; bit < 8; ++bit) byte = static_cast<uint8_t>(byte | (values[8 * i + bit] >= 0) << bit);
-      bits[i] = byte;
+  // Columns are shared out, as rows of the result, in whole lines of the source.
+  constexpr int64_t kWorthAThread = 1 << 15, kLine = 16;
+  const int64_t lines = ceil_div(rows, kLine), grain = std::max<int64_t>(1, kWorthAThread / (kLine * std::max<int64_t>(columns, 1)));
+  torch::stable::parallel_for(0, lines, grain, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kLine, last = std::min(rows, end * kLine);
+    if (transposed) {
+      sign_bits_of_columns(level().name, values, out, in, first, last, bits);
+    } else {
+      sign_bits(level().name, values, in, first, last, bits);
     }
-    return result;
-  }
-  for (int64_t row = 0; row < out; row += 8) {
-    for (int64_t j = 0; j < in; ++j) {
-      uint8_t byte = 0;
-      for (int bit = 0; bit < 8; ++bit) byte = static_cast<uint8_t>(byte | (values[(row + bit) * in + j] >= 0) << bit);
-      bits[j * (out / 8) + row / 8] = byte;
-    }
-  }
+  });
   return result;
 }
 
@@ -160,7 +158,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bimos, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(bimos, CPU, library) {
   library.impl("mix", TORCH_BOX(&bimos::mix));
-  library.impl("sign_bits", TORCH_BOX(&bimos::sign_bits));
+  library.impl("sign_bits", TORCH_BOX(&bimos::bits_of_signs));
   library.impl("route_and_mix", TORCH_BOX(&bimos::route_and_mix));
   library.impl("mix_backward", TORCH_BOX(&bimos::backward));
 }

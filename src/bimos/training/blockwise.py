@@ -34,6 +34,8 @@ from bimos.training.progress import Progress
 from bimos.training.streams import BlockCall, advance, batches, capture, embed
 from bimos.training.student import load_tensors, load_trained, replace_empty, save_tensors, trainable_layers
 
+LATE = 1.5  # times its share that a start may take before later blocks see fewer sequences
+
 
 def block_file(directory: Path, index: int) -> Path:
     """Where a finished block's trained tensors lie."""
@@ -103,14 +105,14 @@ def reconstruct_blocks(
             if seconds is not None and index + 1 < len(blocks):
                 each = (seconds - worked - entry["seconds"]) / (len(blocks) - index - 1)
                 reading = entry["seconds"] - training - solving
-                # What is cut away does not come back: the second block decides, for the first one also warms up, and later ones are a
-                # little late rather than each on fewer than the one before.
+                # What is cut away does not come back, and what a start sees decides more than some steps of distillation: the second block
+                # decides, for the first one also warms up. Later ones may take half as long again, for a machine is fast and slow by turns.
                 needed = solving + reading
                 affordable = _affordable(each, solving, reading, len(stream), size)
                 if index == 0:
                     entry["next_sequences"] = float(min(len(stream), 2 * affordable))
-                elif needed > (1.0 if index == 1 else 1.15) * each:
-                    entry["next_sequences"] = float(affordable)
+                elif needed > each and (index == 1 or worked + entry["seconds"] + needed * (len(blocks) - index - 1) > LATE * seconds):
+                    entry["next_sequences"] = float(affordable if index == 1 else max(size, (len(stream) // 2) // size * size))
             trained = {name: tensor for name, tensor in trainable.state_dict().items() if _is_trained(trainable, name)}
             save_tensors(trained, path, {key: repr(value) for key, value in entry.items()})
         kept = int(entry["next_sequences"])
