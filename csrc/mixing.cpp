@@ -16,14 +16,6 @@ BIMOS_INLINE void softmax(float* logits, int count) {
   for (int e = 0; e < count; ++e) logits[e] /= sum;
 }
 
-// `step(j, count)` for every vector of n values; the count is known when it is compiled but for the last.
-template <typename Step>
-BIMOS_INLINE void vectors(int64_t n, Step step) {
-  int64_t j = 0;
-  for (; j + kWidth <= n; j += kWidth) step(j, static_cast<int64_t>(kWidth));
-  if (j < n) step(j, n - j);
-}
-
 // sum over j of values[t][j] rows[e][j], for several tokens; `values(t, j, count)` gives a token's vector.
 template <int kExperts, int kTokens, typename Values>
 BIMOS_INLINE void dots(int64_t n, const float* rows, float (*out)[kExperts], Values values) {

@@ -59,6 +59,38 @@ BIMOS_INLINE void store(Floats values, uint16_t* to, int64_t count) {  // to nea
   copy(&halves, to, count);
 }
 
+// `step(j, count)` for every vector of n values; the count is known when it is compiled but for the last.
+template <typename Step>
+BIMOS_INLINE void vectors(int64_t n, Step step) {
+  int64_t j = 0;
+  for (; j + kWidth <= n; j += kWidth) step(j, static_cast<int64_t>(kWidth));
+  if (j < n) step(j, n - j);
+}
+
+BIMOS_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+// e^x to 2e-7 relative, as polynomials do (Cephes); 0 below -87.3, where float32 ends; NaN stays NaN.
+BIMOS_INLINE Floats exponential(Floats x) {
+  constexpr float kLeast = -87.3F, kMost = 88.3F, kRounder = 12582912.0F;  // 1.5 * 2^23: a sum with it is a whole number in its last bits
+  const Floats low = x < kLeast ? spread(kLeast) : x, clamped = low > kMost ? spread(kMost) : low;
+  const Floats shifted = clamped * 1.44269504F + kRounder, whole = shifted - kRounder;
+  const Floats rest = clamped - whole * 0.693359375F + whole * 2.12194440e-4F;
+  Floats sum = rest * 1.9875691500e-4F + 1.3981999507e-3F;
+  sum = sum * rest + 8.3334519073e-3F;
+  sum = sum * rest + 4.1665795894e-2F;
+  sum = sum * rest + 1.6666665459e-1F;
+  sum = sum * rest + 5.0000001201e-1F;
+  sum = sum * rest * rest + rest + 1.0F;
+  const auto power = std::bit_cast<Floats>((std::bit_cast<Words>(shifted) << 23) + 0x3f800000U);
+  return x < kLeast ? Floats{} : sum * power;
+}
+
+BIMOS_INLINE float largest_of(Floats values) {
+  float most = values[0];
+  for (int i = 1; i < kWidth; ++i) most = values[i] > most ? values[i] : most;
+  return most;
+}
+
 BIMOS_INLINE float sum_of(Floats values) {
   float sum = 0;
   for (int i = 0; i < kWidth; ++i) sum += values[i];

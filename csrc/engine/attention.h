@@ -5,17 +5,11 @@
 #include <cstdint>
 
 #include "../vectors.h"
+#include "cache.h"
 
 namespace bimos::maths {
 
 constexpr int kHeads = 4;  // query heads at a time
-
-// Keys or values of a head, [position, n]: bfloat16, or int8 with a scale for every position.
-struct Cache {
-  uint16_t* halves;  // null where they are int8
-  int8_t* bytes;
-  float* scale;
-};
 
 struct Attention {
   const float* query;  // `heads` <= kHeads heads of n values, `stride` from one to the next; the output lies likewise

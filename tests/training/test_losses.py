@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimos.config import DistillConfig
+from bimos.kernels import native
 from bimos.methods import method_config
 from bimos.models import convertible_linears, load_model
 from bimos.training import losses
@@ -18,6 +19,7 @@ from bimos.training.losses import chunk_rows, hidden_state_loss, kl_from_hidden,
 from bimos.training.student import binarize
 from bimos.training.trainer import Distillation
 
+HIGHEST = native.isa()
 BATCH, LENGTH, WIDTH, VOCABULARY = 2, 25, 16, 101
 
 
@@ -54,6 +56,29 @@ def test_kl_is_that_of_torch(heads: tuple[nn.Linear, nn.Linear], temperature: fl
     (3 * expected).backward()
     assert mine.grad is not None and theirs.grad is not None
     torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=2e-6 * theirs.grad.abs().max().item())
+
+
+@pytest.mark.skipif(HIGHEST is None, reason="the kernels are not built")
+@pytest.mark.parametrize("level", native.LEVELS[: native.LEVELS.index(HIGHEST) + 1] if HIGHEST else ())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (3, 15), (5, 101), (2, 4096)])
+def test_fused_kl_is_the_equation(rows: int, vocabulary: int, dtype: torch.dtype, level: str) -> None:
+    torch.manual_seed(vocabulary)
+    student, teacher = (8 * torch.randn(rows, vocabulary)).to(dtype), (8 * torch.randn(rows, vocabulary) - 90).to(dtype)
+    log_q, log_p = (F.log_softmax(logits.double() / 1.5, -1) for logits in (student, teacher))
+    native.use_isa(level)
+    try:
+        value, slope = torch.ops.bimos.kl_divergence(student, teacher, 1.5, 0.25)
+        strange = student.clone()
+        strange[0, vocabulary // 2] = torch.nan
+        broken, _ = torch.ops.bimos.kl_divergence(strange, teacher, 1.5, 0.25)
+    finally:
+        native.use_isa(str(HIGHEST))
+    torch.testing.assert_close(value.double(), (log_p.exp() * (log_p - log_q)).sum(-1), rtol=1e-5, atol=2e-6)
+    expected = 0.25 * (log_q.exp() - log_p.exp())
+    assert slope.dtype == dtype
+    torch.testing.assert_close(slope.double(), expected, rtol=8e-3 if dtype == torch.bfloat16 else 2e-5, atol=1e-6)
+    assert broken[0].isnan() and torch.equal(broken[1:], value[1:])
 
 
 def test_kl_of_a_model_to_itself_is_zero(heads: tuple[nn.Linear, nn.Linear]) -> None:

@@ -183,7 +183,7 @@ def test_dropout_is_off(tmp_path: Path) -> None:
     ids, window = (torch.stack([data[i][key] for i in range(4)]) for key in ("input_ids", "window"))
     expected = Distillation(student.eval(), teacher, DistillConfig(), None)(ids, window)["loss"].item()
     run(tmp_path, student, teacher, steps=1, progress=progress)
-    assert progress.losses == [pytest.approx(expected, rel=1e-5)]
+    assert progress.losses == [pytest.approx(expected, rel=1e-4)]
     assert student.training is False
 
 

@@ -26,6 +26,7 @@ from bimos.methods.base import MethodConfig
 from bimos.methods.ste import SharedSigns
 from bimos.models import convertible_linears, decoder_blocks
 from bimos.training.budget import Budget, schedule
+from bimos.training.fused import fused
 from bimos.training.initialise import initialise_block
 from bimos.training.losses import relative_error
 from bimos.training.memory import peak_bytes, reset_peak
@@ -64,6 +65,13 @@ def reconstruct_blocks(
     Returns:
         The stage's report: tokens, seconds, tokens per second and block, peak memory, first and last error of every block.
     """
+    with fused(teacher):
+        return _each_block(teacher, windows, method, config, directory, progress, seconds)
+
+
+def _each_block(
+    teacher: nn.Module, windows: Tensor, method: MethodConfig, config: RunConfig, directory: Path, progress: Progress, seconds: float | None
+) -> dict[str, Any]:
     reset_peak()
     directory.mkdir(parents=True, exist_ok=True)
     prefix, blocks = decoder_blocks(teacher)

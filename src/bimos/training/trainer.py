@@ -24,6 +24,7 @@ from bimos.errors import BimosError
 from bimos.lanes import Lanes
 from bimos.methods.ste import SharedSigns
 from bimos.training.budget import Budget, schedule
+from bimos.training.fused import fused
 from bimos.training.losses import hidden_state_loss, kl_from_hidden, kl_from_top_k, relative_error
 from bimos.training.optimizer import build_optimizer, trained_parameters
 from bimos.training.progress import Progress
@@ -291,7 +292,8 @@ def distill(
         clock.losses = [tuple(entry) for entry in facts["losses"]]
     progress.begin("distillation", 1)
     if budget.progress() < 1:
-        with lanes:
+        models = [model for model in (student, teacher) if model is not None]
+        with lanes, fused(*models):
             trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
     elif done:
         trainer._load_from_checkpoint(str(done[-1]))

@@ -1,0 +1,81 @@
+#include "norm.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "vectors.h"
+
+namespace bimos::norm {
+namespace {
+
+template <typename T>
+BIMOS_INLINE void forward_row(const Rows& rows, int64_t row) {
+  const T* x = static_cast<const T*>(rows.x) + row * rows.n;
+  T* out = static_cast<T*>(rows.out) + row * rows.n;
+  Floats sum{};
+  vectors(rows.n, [&](int64_t j, int64_t count) BIMOS_ALWAYS {
+    const Floats value = load(x + j, count);
+    sum += value * value;
+  });
+  const float inverse = 1.0F / std::sqrt(sum_of(sum) / static_cast<float>(rows.n) + rows.epsilon);
+  rows.inverse[row] = inverse;
+  vectors(rows.n, [&](int64_t j, int64_t count) BIMOS_ALWAYS {
+    store(load(x + j, count) * inverse * load(rows.weight + j, count), out + j, count);
+  });
+}
+
+// of_x = inverse * (g w - x^ mean(g w x^)), of_w += g x^, x^ = x * inverse
+template <typename T>
+BIMOS_INLINE void backward_row(const Rows& rows, int64_t row) {
+  const T *x = static_cast<const T*>(rows.x) + row * rows.n, *grad = static_cast<const T*>(rows.grad) + row * rows.n;
+  T* out = static_cast<T*>(rows.out) + row * rows.n;
+  const float inverse = rows.inverse[row];
+  Floats sum{};
+  vectors(rows.n, [&](int64_t j, int64_t count) BIMOS_ALWAYS {
+    const Floats value = load(x + j, count) * inverse, given = load(grad + j, count);
+    sum += value * given * load(rows.weight + j, count);
+    store(load(rows.of_weight + j, count) + given * value, rows.of_weight + j, count);
+  });
+  const float mean = sum_of(sum) / static_cast<float>(rows.n);
+  vectors(rows.n, [&](int64_t j, int64_t count) BIMOS_ALWAYS {
+    const Floats value = load(x + j, count) * inverse;
+    store((load(grad + j, count) * load(rows.weight + j, count) - value * mean) * inverse, out + j, count);
+  });
+}
+
+#define BIMOS_NORM(NAME, TARGET)                                                   \
+  namespace NAME {                                                                 \
+  template <typename T>                                                            \
+  TARGET void forward_of(const Rows& rows, int64_t first, int64_t last) {          \
+    for (; first < last; ++first) forward_row<T>(rows, first);                     \
+  }                                                                                \
+  template <typename T>                                                            \
+  TARGET void backward_of(const Rows& rows, int64_t first, int64_t last) {         \
+    for (; first < last; ++first) backward_row<T>(rows, first);                    \
+  }                                                                                \
+  void forward(const Rows& rows, int64_t first, int64_t last) {                    \
+    (rows.is_float ? forward_of<float> : forward_of<uint16_t>)(rows, first, last); \
+  }                                                                                \
+  void backward(const Rows& rows, int64_t first, int64_t last) {                   \
+    (rows.is_float ? backward_of<float> : backward_of<uint16_t>)(rows, first, last); \
+  }                                                                                \
+  constexpr Functions functions{forward, backward};                                \
+  }
+
+BIMOS_NORM(scalar, )
+#ifdef BIMOS_X86
+BIMOS_NORM(avx2, __attribute__((target("avx2,fma,f16c"))))
+BIMOS_NORM(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))))
+#endif
+
+}  // namespace
+
+const Functions& functions_for(const char* level) {
+#ifdef BIMOS_X86
+  if (std::strcmp(level, "avx512") == 0) return avx512::functions;
+  if (std::strcmp(level, "avx2") == 0) return avx2::functions;
+#endif
+  return scalar::functions;
+}
+
+}  // namespace bimos::norm

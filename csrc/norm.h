@@ -1,0 +1,28 @@
+// Root-mean-square norm of rows, forward and backward, for training (bimos/training/norms.py).
+#pragma once
+
+#include <cstdint>
+
+namespace bimos::norm {
+
+struct Rows {
+  bool is_float;         // values are float32; else bfloat16
+  int64_t n;
+  const void *x, *grad;  // [rows, n]; the gradient in backward only
+  const float* weight;   // [n]
+  void* out;             // [rows, n]: x * inverse * weight, or the gradient of x
+  float* inverse;        // [rows]: 1 / sqrt(mean x^2 + epsilon); written in forward
+  float* of_weight;      // [n], added to in backward
+  float epsilon;
+};
+
+using Function = void (*)(const Rows& rows, int64_t first, int64_t last);  // rows [first, last)
+
+struct Functions {
+  Function forward, backward;
+};
+
+// For a level of level.h by its name.
+const Functions& functions_for(const char* level);
+
+}  // namespace bimos::norm
