@@ -164,8 +164,6 @@ struct Sums {
   }
 };
 
-constexpr int64_t kEndless = std::numeric_limits<int32_t>::max();
-
 template <int kRows, int kVectors, typename T>
 BIMOS_INLINE void forward_group(const Problem& problem, int64_t batch, int64_t group) {
   const int64_t tokens = problem.tokens, n = problem.n, width = up(n, kWidth), blocks = up(tokens, kBlock) / kBlock, shared = problem.heads / problem.key_heads;

@@ -37,7 +37,8 @@ struct Prompt {
   maths::Cache keys, values;
 };
 
-constexpr int64_t kBlock = 64;  // queries, and keys
+constexpr int64_t kBlock = 64;            // queries, and keys
+constexpr int64_t kEndless = 0x7fffffff;  // a window without an end
 
 struct Functions {
   Function forward, backward;

@@ -134,6 +134,33 @@ def test_a_cache_grows(bits: int, packed: Packed) -> None:
         assert (some - whole[i : i + 3]).norm() < 1e-4 * some.norm()
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("llama", {}), ("mistral", {"sliding_window": 40}), ("qwen3", {"head_dim": 72, "num_attention_heads": 6, "num_key_value_heads": 2})],
+    ids=str,
+)
+@pytest.mark.parametrize(("bits", "threads"), [(16, 1), (16, 3), (8, 2)])
+def test_prompts_of_many_blocks(kind: str, options: dict[str, Any], bits: int, threads: int, packed: Packed) -> None:
+    engine = Engine(packed(kind, max_position_embeddings=300, **options), threads=threads, cache_bits=bits)
+    ids, other = text(230), text(47, 1)
+
+    def in_parts(*sizes: int) -> torch.Tensor:
+        sequence, parts, start = torch.ops.bimos.engine_open(engine._id), [], 0
+        for size in sizes:
+            parts.append(torch.ops.bimos.engine_read(engine._id, ids[start : start + size], [sequence] * size, True))
+            start += size
+        return torch.cat(parts)
+
+    few = in_parts(*[2] * 115)  # too few to be turned
+    for sizes in ((230,), (70, 160), (1, 64, 101, 64), (150, 3, 77)):
+        assert (in_parts(*sizes) - few).norm() < 1e-4 * few.norm()
+    first, second, third = (torch.ops.bimos.engine_open(engine._id) for _ in range(3))
+    together = torch.ops.bimos.engine_read(engine._id, ids[:90] + other + ids[:5], [first] * 90 + [second] * 47 + [third] * 5, True)
+    assert (together[:90] - few[:90]).norm() < 1e-4 * few[:90].norm()
+    assert (together[90:137] - engine.logits(other)).norm() < 1e-4 * together[90:137].norm()
+    assert (together[137:] - few[:5]).norm() < 1e-4 * few[:5].norm()
+
+
 @pytest.mark.parametrize("bits", [16, 8])
 def test_prompts_side_by_side_and_beginnings_that_are_shared(bits: int, packed: Packed) -> None:
     model = packed("llama", num_hidden_layers=3)

@@ -1,11 +1,13 @@
 // The forward pass: every rank of the team goes through all blocks; where one needs what another has made, they meet.
 //
-// Few tokens: ranks share out the rows of every linear, and the heads. Many tokens: ranks share out
-// the tokens, each with all rows, so that no table is made twice; they meet once a block, when keys and values are in the cache.
+// Few tokens: ranks share out the rows of every linear, and the heads. Many tokens: ranks share out the tokens, each with all rows, so
+// that no table is made twice; they meet when keys and values are in the cache, and when attention, whose blocks are shared out by what
+// they cost, is done.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
+#include "../flash.h"
 #include "../int4.h"
 #include "../spent.h"
 #include "../tiles.h"
@@ -35,6 +37,23 @@ struct Target {
   int64_t stride;
 };
 
+// Tokens that follow each other in a sequence.
+struct Run {
+  int64_t begin, end;
+};
+
+constexpr int64_t kLongRun = 16;  // tokens from which on keys and values are worth turning
+
+std::vector<Run> runs_of(const std::vector<Token>& tokens) {
+  std::vector<Run> runs;
+  for (size_t t = 0; t < tokens.size(); ++t) {
+    const bool follows = t > 0 && tokens[t].sequence == tokens[t - 1].sequence && tokens[t].position == tokens[t - 1].position + 1;
+    if (!follows) runs.push_back({static_cast<int64_t>(t), static_cast<int64_t>(t)});
+    ++runs.back().end;
+  }
+  return runs;
+}
+
 }  // namespace
 
 struct Reader::Work {
@@ -43,6 +62,7 @@ struct Reader::Work {
   const maths::Maths& maths;
   const std::vector<Token>& tokens;
   bool by_tokens;
+  std::vector<Run> runs;  // where ranks share out tokens
 
   int64_t count() const { return static_cast<int64_t>(tokens.size()); }
   int size() const { return reader.team_.size(); }
@@ -131,7 +151,8 @@ void Reader::read(const std::vector<Token>& tokens) {
       sine_[static_cast<size_t>(t * half + j)] = std::sin(angle) * shape.rope_scale;
     }
   }
-  Work work{*this, used, maths::maths_for(used.name), tokens, count >= 2 * kTokens * team_.size()};
+  Work work{*this, used, maths::maths_for(used.name), tokens, count >= 2 * kTokens * team_.size(), {}};
+  if (work.by_tokens) work.runs = runs_of(tokens);
   team_.run(rank_main, &work);
   for (const Token& token : tokens) token.sequence->extend(token.position + 1);
 }
@@ -175,8 +196,8 @@ void Reader::block(Work& work, const Block& block, int64_t index, int rank) {
   }
   work.meet();
 
-  const Range queries = work.by_tokens ? Range{0, shape.heads} : share(shape.heads, rank, work.size());
-  for (int64_t t = own.begin; t < own.end; ++t) {
+  const float scale = 1.0F / std::sqrt(static_cast<float>(shape.head));
+  const auto attend = [&](int64_t t, Range queries) {
     const Token& token = work.tokens[static_cast<size_t>(t)];
     const int64_t last = token.position + 1, first = block.window > 0 ? std::max<int64_t>(0, last - block.window) : 0;
     float* scores = at_least(scores_buffer, maths::kHeads * (last - first));
@@ -184,12 +205,41 @@ void Reader::block(Work& work, const Block& block, int64_t index, int rank) {
       next = std::min({queries.end, (h / group + 1) * group, h + maths::kHeads});  // heads that share a head of keys
       const int64_t at = t * heads + h * shape.head;
       work.maths.attend({query_.data() + at, mixed_.data() + at, static_cast<int>(next - h), shape.head, shape.head,
-                         token.sequence->keys(index, h / group), token.sequence->values(index, h / group), first, last,
-                         1.0F / std::sqrt(static_cast<float>(shape.head)), scores});
+                         token.sequence->keys(index, h / group), token.sequence->values(index, h / group), first, last, scale, scores});
     }
+  };
+  if (work.by_tokens) {
+    // Later blocks of a run cost more: they are dealt out to and fro.
+    int64_t dealt = 0;
+    const auto is_mine = [&] {
+      const int64_t place = dealt++ % (2 * work.size());
+      return (place < work.size() ? place : 2 * work.size() - 1 - place) == rank;
+    };
+    std::vector<int64_t> mine_of_run;
+    for (const Run& run : work.runs) {
+      const Token& token = work.tokens[static_cast<size_t>(run.begin)];
+      if (run.end - run.begin < kLongRun) {
+        const bool is_own = is_mine();
+        for (int64_t t = run.begin; t < run.end && is_own; ++t) attend(t, {0, shape.heads});
+        continue;
+      }
+      mine_of_run.clear();
+      for (int64_t b = 0; b < ceil_div(run.end - run.begin, flash::kBlock); ++b)
+        if (is_mine()) mine_of_run.push_back(b);
+      for (int64_t g = 0; g < shape.key_heads && !mine_of_run.empty(); ++g) {
+        const int64_t at = run.begin * heads + g * group * shape.head;
+        const flash::Prompt prompt{query_.data() + at, mixed_.data() + at, heads, group, run.end - run.begin, shape.head, token.position,
+                                   block.window > 0 ? block.window : flash::kEndless, scale, token.sequence->keys(index, g),
+                                   token.sequence->values(index, g)};
+        flash::functions_for(work.level.name).prompt(prompt, mine_of_run.data(), static_cast<int64_t>(mine_of_run.size()));
+      }
+    }
+  } else {
+    const Range queries = share(shape.heads, rank, work.size());
+    for (int64_t t = own.begin; t < own.end; ++t) attend(t, queries);
   }
   mark(Part::attention);
-  work.meet_if_rows();
+  work.meet();
 
   work.linears(mixed_.data() + own.begin * heads, heads, own, {{&block.output, part_.data(), hidden}}, rank);
   work.add_to_stream(block.output, part_.data(), hidden, x_.data(), hidden, rank);

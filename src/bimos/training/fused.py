@@ -34,7 +34,7 @@ def fused(*models: nn.Module) -> Iterator[None]:
         for module in (module for model in models for module in model.modules()):
             forward = norm_forward if _is_norm(module) else gate_forward if _is_gate(module) else None
             if forward is not None:
-                module.__class__ = _subclass(type(module), forward)
+                module.__class__ = _subclass(type(module), forward)  # type: ignore[arg-type]
                 changed.append(module)
     try:
         with fast_attention(*models):
