@@ -101,6 +101,11 @@ class TrainableLinear(nn.Module):
         """The stored tensors, with exactly the names, shapes and dtypes of `config.packed_layout`."""
         raise NotImplementedError
 
+    @property
+    def group_size(self) -> int | None:
+        """Inputs of a group of what `pack` gives; None without groups, or where their number divides the inputs."""
+        return None
+
     def roles(self) -> dict[str, list[nn.Parameter]]:
         """Every parameter, once, by its role: `latent`, `scale`, `router` or `bias`. Roles get learning rates."""
         raise NotImplementedError

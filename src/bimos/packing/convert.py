@@ -31,6 +31,7 @@ from bimos.kernels.reference import unpack_signs
 from bimos.packing.checkpoint import check_output, save_packed, written_aside
 from bimos.packing.embedding import Int8Embedding, Int8Head
 from bimos.packing.format import pack_signs
+from bimos.packing.groups import by_input, product_form
 from bimos.packing.hf import describe, load_dense_config, pack_model, skeleton
 from bimos.packing.integrity import is_packed, read_config
 from bimos.packing.linear import PackedLinear
@@ -152,13 +153,14 @@ def unpack(
 
 
 def _dense_weight(linear: PackedLinear) -> Tensor:
-    """`sum_p diag(s_out_p) B_p diag(s_in_p)`, float32 `[out, in]`; experts averaged."""
-    total = torch.zeros(linear.out_features, linear.in_features)
+    """`sum_p diag(s_out_p) B_p diag(s_in_p)`, or the weight by groups, float32 `[out, in]`; experts averaged."""
+    scale, offset = product_form(linear.tensors())
+    size = linear.group_size or linear.in_features
+    total = torch.zeros(linear.out_features, linear.in_features) if offset is None else by_input(offset, size, linear.in_features)
     for plane in range(linear.weight.shape[0]):
         signs = unpack_signs(linear.weight[plane])
-        if linear.scale_group is not None:
-            groups = linear.scale_group[plane].float()
-            signs = (signs.unflatten(-1, (groups.shape[1], -1)) * groups[..., None]).flatten(-2)
+        if scale is not None:
+            signs = signs * by_input(scale[plane].float(), size, linear.in_features)
         if linear.scale_in is not None:
             signs = signs * linear.scale_in[plane].float().mean(0)
         if linear.scale_out is not None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bimos.errors import BimosError
+from bimos.packing.groups import GROUPED, SCALES, count_groups
 from bimos.packing.integrity import DTYPES, check_format_version
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -27,7 +28,7 @@ class Layout:
     Attributes:
         planes: sign planes.
         experts: rows of `scale_in` and `scale_out`.
-        group_size: inputs that share a scale of `scale_group`; None without one.
+        group_size: inputs of a group, of which the last of a row may have fewer; None without groups.
         tensors: dtypes by name, of all but `weight`, in the order of the names.
     """
 
@@ -37,11 +38,12 @@ class Layout:
     tensors: tuple[tuple[str, str], ...]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """The layout of a packed linear with these tensors."""
+    def of(cls, tensors: Mapping[str, Tensor], group_size: int | None = None) -> Self:
+        """The layout of a packed linear with these tensors; `group_size` where the last group is shorter than the others."""
         planes, _, in_bytes = tensors["weight"].shape
         experts = next((tensors[name].shape[1] for name in ("scale_in", "scale_out") if name in tensors), 1)
-        group_size = 8 * in_bytes // tensors["scale_group"].shape[2] if "scale_group" in tensors else None
+        groups = next((tensors[name].shape[-1] for name in SCALES if name in tensors), None)
+        group_size = group_size if groups is None or group_size is not None else 8 * in_bytes // groups
         dtypes = tuple(sorted((name, str(t.dtype).removeprefix("torch.")) for name, t in tensors.items() if name != "weight"))
         return cls(planes, experts, group_size, dtypes)
 
@@ -51,11 +53,11 @@ class Layout:
         try:
             tensors = tuple(sorted((str(k), str(v)) for k, v in values["tensors"].items()))
             for name, dtype in tensors:
-                if name not in ("scale_in", "scale_out", "router", "scale_group", "bias") or not isinstance(
-                    getattr(torch, dtype), torch.dtype
-                ):
+                if name not in ("scale_in", "scale_out", "router", *GROUPED, "bias") or not isinstance(getattr(torch, dtype), torch.dtype):
                     raise ValueError(name)
             group_size = values["group_size"]
+            if group_size is None and not {name for name, _ in tensors}.isdisjoint(GROUPED):
+                raise ValueError("groups without group_size")
             return cls(_count(values["planes"]), _count(values["experts"]), None if group_size is None else _count(group_size), tensors)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BimosError(
@@ -70,11 +72,15 @@ class Layout:
 
     def shapes(self, in_features: int, out_features: int) -> Shapes:
         """Shapes and dtypes of the tensors of a linear of this size."""
+        groups = count_groups(in_features, self.group_size or in_features)
         shapes: dict[str, tuple[int, ...]] = {
             "scale_in": (self.planes, self.experts, in_features),
             "scale_out": (self.planes, self.experts, out_features),
             "router": (self.experts, in_features),
-            "scale_group": (self.planes, out_features, in_features // (self.group_size or in_features)),
+            "scale_group": (self.planes, out_features, groups),
+            "scale_group_01": (self.planes, out_features, groups),
+            "scale_group_int": (out_features, groups),
+            "offset_group": (out_features, groups),
             "bias": (out_features,),
         }
         layout: Shapes = {"weight": ((self.planes, out_features, in_features // 8), torch.uint8)}
