@@ -67,6 +67,15 @@ class DistillConfig:
 
 
 @dataclasses.dataclass
+class LossConfig:
+    """What any method's distillation loss may have besides; see `bimos.training.losses`."""
+
+    dad: bool = False  # Deviation-Aware Distillation (2402.11960): tokens of which teacher or student is unsure count more
+    dad_gamma: float = 0.1  # the teacher's entropy to this power, the student's to 1 less it
+    dad_lambda: float = 0.1  # of the deviation-aware term, beside the distillation loss
+
+
+@dataclasses.dataclass
 class RunConfig:
     """Everything that determines a run of `bimos quantize` besides the model."""
 
@@ -82,6 +91,7 @@ class RunConfig:
     initialise: InitialiseConfig = dataclasses.field(default_factory=InitialiseConfig)
     blocks: BlocksConfig = dataclasses.field(default_factory=BlocksConfig)
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config") -> Self:
@@ -129,10 +139,11 @@ class RunConfig:
 _POSITIVE = """sequence_length initialise.sequences blocks.tokens blocks.epochs blocks.batch_size
     distill.batch_size distill.accumulate distill.top_k distill.distinct_tokens distill.temperature"""
 _NOT_NEGATIVE = """blocks.lr_latent blocks.lr_scale blocks.lr_router distill.lr_latent distill.lr_scale distill.lr_router
-    distill.weight_decay distill.clip distill.hidden_weight distill.relative_weight distill.checkpoint_minutes"""
+    distill.weight_decay distill.clip distill.hidden_weight distill.relative_weight distill.checkpoint_minutes loss.dad_lambda"""
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     _POSITIVE: ("positive", lambda value: value > 0),
     _NOT_NEGATIVE: ("0 or more", lambda value: value >= 0),
+    "loss.dad_gamma": ("from 0 to 1", lambda value: 0 <= value <= 1),
     "blocks.share distill.warmup distill.beta1 distill.beta2": ("from 0 to below 1", lambda value: 0 <= value < 1),
 }
 

@@ -185,7 +185,7 @@ def run(
         "recipe": {
             key: value
             for key, value in config.to_dict().items()
-            if key in ("data", "sequence_length", "seed", "initialise", "blocks", "distill")
+            if key in ("data", "sequence_length", "seed", "initialise", "blocks", "distill", "loss")
         },
         "budget": {stage["name"]: f"{stage['tokens']:,} tokens, {stage['seconds'] / 60:.1f} minutes" for stage in stages},
         "perplexity": quality,
@@ -251,7 +251,9 @@ def _train(
                 vocabulary = teacher.config.get_text_config().vocab_size
                 cache = TopKCache(work / "logits", distinct or count, length, min(config.distill.top_k, vocabulary), vocabulary)
             data = NumberedWindows(stream.as_dataset(calibration, count), count, distinct, config.seed)
-            report = distill(student, teacher, data, length, config.distill, budget, work / "distill", progress, cache, config.seed)
+            report = distill(
+                student, teacher, data, length, config.distill, budget, work / "distill", progress, cache, config.seed, config.loss
+            )
             stages.append({**report, "peak_memory_bytes": peak_bytes()})
     return student, stages  # type: ignore[return-value]
 

@@ -82,6 +82,8 @@ class TrainableLinear(nn.Module):
     nothing on `self`, and does not write to what `sign_ste` gives it.
     """
 
+    uses_signs: ClassVar[bool] = True  # whether latents are used through `sign_ste`: their signs are then made once for both threads
+
     def __init__(self, in_features: int, out_features: int, bias: bool, config: Any) -> None:
         """Parameters of the right shapes; their values do not matter."""
         super().__init__()

@@ -8,6 +8,7 @@ still to come. Between sweeps the scales are refit to the signs by least squares
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,19 +41,28 @@ def compensated_fit(weight: Tensor, gram: Tensor, rounds: int, iterations: int) 
     row, column = weighted_rank_one(weight.abs(), gram.diagonal(), iterations)
     best = Fit(row, column, weight)
     least = _error(weight, best, gram)
-    damped = gram + DAMPING * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    order = damped.diagonal().argsort(descending=True)  # inputs that matter most first, while there are others to mend them
+    damped, order, factor = prepared(gram)
     back = order.argsort()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
-    factor = torch.linalg.cholesky(inverse, upper=True)
     for _ in range(rounds):
-        decision = _sweep(weight[:, order], factor, row, column[order])[:, back]
+        decision = sweep(weight[:, order], factor, _by_signs(row, column[order]))[:, back]
         row, column, decision = _refit(weight, damped, decision, row, column)
         fit = Fit(row, column, decision)
         error = _error(weight, fit, gram)
         if error < least:
             best, least = fit, error
     return best
+
+
+def prepared(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a sweep needs of `H`, whose diagonal has mean 1.
+
+    Returns:
+        `H` with damping; the order of the columns; the upper Cholesky factor of the inverse of `H` in that order.
+    """
+    damped = gram + DAMPING * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    order = damped.diagonal().argsort(descending=True)  # inputs that matter most first, while there are others to mend them
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
+    return damped, order, torch.linalg.cholesky(inverse, upper=True)
 
 
 def signs_of(decision: Tensor) -> Tensor:
@@ -65,8 +75,22 @@ def _error(weight: Tensor, fit: Fit, gram: Tensor) -> float:
     return ((difference @ gram) * difference).sum().item()
 
 
-def _sweep(weight: Tensor, factor: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """What the sign of each weight is taken of. `factor`: the upper Cholesky factor of `H^-1`, columns in the order of the sweep."""
+def _by_signs(row: Tensor, column: Tensor) -> Callable[[int, Tensor], Tensor]:
+    def rounded(j: int, value: Tensor) -> Tensor:
+        scale = row * column[j]
+        return torch.where(value >= 0, scale, -scale)
+
+    return rounded
+
+
+def sweep(weight: Tensor, factor: Tensor, rounded: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """What each weight is rounded from, errors carried over included; columns in the order of the sweep.
+
+    Args:
+        weight: float32 `[out, in]`.
+        factor: the upper Cholesky factor of `H^-1` (`prepared`).
+        rounded: what column j becomes, `[out]`, of its values by then, `[out]`.
+    """
     weight = weight.clone()
     width = weight.shape[1]
     for start in range(0, width, PANEL):
@@ -75,8 +99,7 @@ def _sweep(weight: Tensor, factor: Tensor, row: Tensor, column: Tensor) -> Tenso
         errors = torch.empty_like(panel)
         for j in range(end - start):
             value = panel[:, j]
-            scale = row * column[start + j]
-            error = (value - torch.where(value >= 0, scale, -scale)) / local[j, j]
+            error = (value - rounded(start + j, value)) / local[j, j]
             errors[:, j] = error
             panel[:, j + 1 :].addr_(error, local[j, j + 1 :], alpha=-1)
         weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)

@@ -29,7 +29,7 @@ from bimos.training.budget import Budget, schedule
 from bimos.training.initialise import initialise_block
 from bimos.training.losses import relative_error
 from bimos.training.memory import peak_bytes, reset_peak
-from bimos.training.optimizer import build_optimizer, set_rate, trained_parameters
+from bimos.training.optimizer import build_optimizer, set_rate, signed_latents
 from bimos.training.progress import Progress
 from bimos.training.streams import BlockCall, advance, batches, capture, embed
 from bimos.training.student import load_tensors, load_trained, replace_empty, save_tensors, trainable_layers
@@ -191,7 +191,7 @@ def _reconstruct(
     budget.start()
     losses: list[float] = []
     is_bfloat16 = inputs.dtype == torch.bfloat16
-    signs = SharedSigns(trained_parameters(block)["latent"], torch.bfloat16 if is_bfloat16 else torch.float32)
+    signs = SharedSigns(signed_latents(block), torch.bfloat16 if is_bfloat16 else torch.float32)
 
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=is_bfloat16):
