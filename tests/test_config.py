@@ -213,3 +213,16 @@ def test_a_list_of_the_wrong_kind() -> None:
 def test_tokens_for_no_distillation() -> None:
     with pytest.raises(BimosError, match="budget of distillation, which is off"):
         RunConfig.from_dict({"tokens": 5, "distill": {"enabled": False}})
+
+
+def test_what_is_left_to_the_method() -> None:
+    default = RunConfig()
+    assert default.settled(True).blocks.enabled and default.settled(True).distill.enabled and default.settled(True).initialise.refit
+    untrained = default.settled(False)
+    assert (untrained.blocks.enabled, untrained.distill.enabled, untrained.initialise.refit) == (False, False, False)
+    asked = RunConfig.from_dict({"tokens": 64, "distill": {"enabled": True}}).settled(False)
+    assert asked.distill.enabled and not asked.blocks.enabled
+    with pytest.raises(BimosError, match=r"method 'gptq2' is not trained: leave out --tokens, or set distill.enabled=true"):
+        RunConfig.from_dict({"method": "gptq2", "tokens": 64}).settled(False)
+    with pytest.raises(BimosError, match="budget of distillation, which is off"):
+        RunConfig.from_dict({"tokens": 64, "distill": {"enabled": False}})

@@ -33,6 +33,7 @@ def peak_memory(model: nn.Module, config: RunConfig) -> dict[str, int]:
     _, blocks = decoder_blocks(model)
     weights = 2 * sum(p.numel() for p in model.parameters())
     method = method_config(config.method, config.options)
+    config = config.settled(method.trained)
     latent = sum(_latents(method, m) for m in linears.values())
     whole: Any = model.config
     settings = whole.get_text_config()
