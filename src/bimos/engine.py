@@ -61,6 +61,8 @@ def refusal(model: Any) -> str | None:
             layer = block.get_submodule(name)
             if not isinstance(layer, PackedLinear):
                 return f"{name} is not packed"
+            if layer.salient is not None or layer.sparse_mask is not None:
+                return "salient weights beside the planes"
             if any(t.dtype != torch.float16 for n, t in layer.tensors().items() if n not in ("weight", "bias")):
                 return "scales that are not float16"
             if layer.group_size is not None and layer.group_size % 32:

@@ -33,7 +33,7 @@ class BimosConfig(QuantizationConfigMixin):
         format_version: the lowest that has what the checkpoint has; newer ones than this version knows are refused.
         method: name of the binarization method, for people and reports: loading does not depend on it.
         options: of the method.
-        planes, experts, group_size, tensors: the layout that most linears share (`bimos.packing.layout.Layout`).
+        planes, experts, group_size, tensors: the layout that most linears share (`bimos.packing.layout.Layout`); so is `sparse`, if there.
         modules: layouts of linears that differ from it, by name.
         modules_to_not_convert: names of the linears that are not packed.
         embedding_bits: 8 or 16.
