@@ -21,7 +21,7 @@ from bimos.packing.checkpoint import save_packed
 from bimos.packing.format import pack_signs, unpack_signs
 from bimos.packing.hf import pack_model
 from bimos.packing.linear import PackedLinear
-from bimos.packing.sizes import size_report
+from bimos.packing.sizes import BODY, size_report
 from bimos.training.student import binarize
 
 # Besides the defaults, which are tested for every method.
@@ -33,8 +33,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"num_experts": 2, "planes": 2},
         {"num_experts": 2, "iterations": 0, "distinct_experts": False, "latent_magnitude": None},
     ],
+    "billm": [{"block_size": 16}],
     "dbllm": [{"group_size": 16}, {"group_size": None, "iterations": 0, "compensation": 0, "relative_latents": False}],
+    "gptq2": [{"group_size": 16}, {"group_size": 8, "order": "activation"}],
     "onebit": [{"iterations": 0, "latent_magnitude": None}],
+    "pbllm": [{"salient": 0.25}],
+    "rtn2": [{"group_size": 16}],
     "sign": [{"group_size": 8}],
 }
 SHAPES = [(8, 1), (24, 5), (40, 33), (64, 48)]  # in, out: in is a multiple of 8, out of nothing
@@ -226,7 +230,7 @@ def test_a_saved_model_gives_the_same_logits(name: str, options: dict[str, Any],
     assert sizes["total_bytes"] == (tmp_path / "model" / "model.safetensors").stat().st_size
     assert sizes["body_bits_per_weight"] == planned["body_bits_per_weight"]
     bits = sum(stored.bits for n in names for stored in config.packed_layout(*shape_of(teacher_directory, n)).values())
-    assert bits == 8 * sum(row["bytes"] for row in sizes["components"] if row["name"] in ("planes", "scales", "routers", "biases"))
+    assert bits == 8 * sum(row["bytes"] for row in sizes["components"] if row["name"] in (*BODY, "biases"))
     assert method_config(name, json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]["options"]) == config
 
 
@@ -280,7 +284,7 @@ def test_methods_of_other_packages_are_found() -> None:
 
 
 def test_unknown_methods_and_options_are_refused() -> None:
-    with pytest.raises(BimosError, match=r"unknown method 'sine'; known methods: binarymos, .*onebit, .*sign"):
+    with pytest.raises(BimosError, match=r"unknown method 'sine'; known methods: .*binarymos, .*onebit, .*sign"):
         method_config("sine")
     with pytest.raises(BimosError, match=r"method 'binarymos' has no option 'experts'.*num_experts"):
         method_config("binarymos", {"experts": 3})

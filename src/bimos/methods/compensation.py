@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bimos.methods.base import InputStatistics
 from bimos.methods.ste import weighted_rank_one
 
 DAMPING = 0.05  # of the mean of H's diagonal, added to it
@@ -61,8 +62,27 @@ def prepared(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     damped = gram + DAMPING * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     order = damped.diagonal().argsort(descending=True)  # inputs that matter most first, while there are others to mend them
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
-    return damped, order, torch.linalg.cholesky(inverse, upper=True)
+    return damped, order, inverse_factor(damped[order][:, order])
+
+
+def inverse_factor(gram: Tensor) -> Tensor:
+    """The upper Cholesky factor of `H^-1`, by which errors are carried over; `H [n, n]` is positive definite."""
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
+
+
+def statistics_factor(statistics: InputStatistics, damping: float, order: Tensor | None = None) -> Tensor:
+    """`inverse_factor` of a linear's inputs, float32 `[in, in]`, with `damping` of the mean of H's diagonal added to it.
+
+    Args:
+        statistics: without a `gram` inputs count as uncorrelated, and no error is carried over.
+        order: of the columns.
+    """
+    gram = statistics.second_moment.diag() if statistics.gram is None else statistics.gram
+    gram = gram if order is None else gram[order][:, order]
+    gram = gram.to(torch.float64, copy=True)  # little damping and a few large inputs leave float32 no digits to invert with
+    gram /= gram.diagonal().mean().clamp_min(1e-30)
+    gram.diagonal().add_(damping)
+    return inverse_factor(gram).float()
 
 
 def signs_of(decision: Tensor) -> Tensor:
@@ -83,27 +103,51 @@ def _by_signs(row: Tensor, column: Tensor) -> Callable[[int, Tensor], Tensor]:
     return rounded
 
 
-def sweep(weight: Tensor, factor: Tensor, rounded: Callable[[int, Tensor], Tensor]) -> Tensor:
+def sweep(
+    weight: Tensor,
+    factor: Tensor,
+    rounded: Callable[[int, Tensor], Tensor],
+    panel: int = PANEL,
+    begin: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
     """What each weight is rounded from, errors carried over included; columns in the order of the sweep.
 
     Args:
         weight: float32 `[out, in]`.
-        factor: the upper Cholesky factor of `H^-1` (`prepared`).
+        factor: the upper Cholesky factor of `H^-1` (`inverse_factor`).
         rounded: what column j becomes, `[out]`, of its values by then, `[out]`.
+        panel: columns whose updates are applied to the rest at once.
+        begin: called before each panel, with the number of its first column and `[out, panel]`, its values by then.
     """
     weight = weight.clone()
     width = weight.shape[1]
-    for start in range(0, width, PANEL):
-        end = min(width, start + PANEL)
-        panel, local = weight[:, start:end], factor[start:end, start:end]
-        errors = torch.empty_like(panel)
+    for start in range(0, width, panel):
+        end = min(width, start + panel)
+        values, local = weight[:, start:end], factor[start:end, start:end]
+        if begin is not None:
+            begin(start, values)
+        errors = torch.empty_like(values)
         for j in range(end - start):
-            value = panel[:, j]
+            value = values[:, j]
             error = (value - rounded(start + j, value)) / local[j, j]
             errors[:, j] = error
-            panel[:, j + 1 :].addr_(error, local[j, j + 1 :], alpha=-1)
+            values[:, j + 1 :].addr_(error, local[j, j + 1 :], alpha=-1)
         weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
     return weight
+
+
+def carry_over(weight: Tensor, factor: Tensor, start: int, error: Tensor) -> None:
+    """A sweep's step for columns that are rounded at once: those behind them make good, in place, what they lost together.
+
+    Args:
+        weight: float32 `[out, in]`.
+        factor: of `inverse_factor`.
+        start: the first of the columns.
+        error: their values by then less what they become, `[out, n]`.
+    """
+    end = start + error.shape[1]
+    errors = torch.linalg.solve_triangular(factor[start:end, start:end], error, upper=True, left=False)
+    weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
 
 
 def _refit(weight: Tensor, gram: Tensor, decision: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
