@@ -5,7 +5,8 @@
 
 One JSON a row, so that an interrupted comparison goes on where it stopped (`--resume` is implied). Rows:
 default (binarymos), onebit and sign-trained (the default recipe with another method), paper and onebit-paper (the shipped configs), sign
-(round-to-nearest: no training at all). Texts are those of `bimos eval --ppl`.
+(round-to-nearest: no training at all), and the baselines without training: rtn2, rtn2-128, gptq2, gptq2-128 (groups of 64 and 128), billm,
+pbllm. Texts are those of `bimos eval --ppl`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         "default",
         {"method": "sign", "initialise": {"activation_aware": False}, "blocks": {"enabled": False}, "distill": {"enabled": False}},
     ),
+    **{name: ("default", {"method": name}) for name in ("rtn2", "gptq2", "billm", "pbllm")},
+    **{f"{name}-128": ("default", {"method": name, "options": {"group_size": 128}}) for name in ("rtn2", "gptq2")},
     # Their step of 4 x 2048 tokens in two halves: the same gradient in half the memory.
     "paper": ("binarymos-paper", {"distill": {"batch_size": 2, "accumulate": 2}}),
     "onebit-paper": ("onebit-paper", {"distill": {"batch_size": 2, "accumulate": 2}}),

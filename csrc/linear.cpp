@@ -39,6 +39,17 @@ void softmax(float* logits, int64_t count) {
   for (int64_t e = 0; e < count; ++e) logits[e] /= sum;
 }
 
+void add_offsets(const Linear& linear, const float* x, int64_t row, int64_t rows, float* y) {
+  for (int64_t group = 0; group * linear.block < linear.in; ++group) {
+    const int64_t end = std::min(linear.in, (group + 1) * linear.block);
+    float sums[8] = {};  // in parallel: less rounding, and room for the compiler
+    for (int64_t j = group * linear.block; j < end; ++j) sums[j % 8] += x[j];
+    const float sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+    const float* offset = linear.offset + group * linear.out + row;
+    for (int64_t r = 0; r < rows; ++r) y[r] += sum * offset[r];
+  }
+}
+
 struct Job {
   const Level& level;
   const Linear& linear;
@@ -139,6 +150,7 @@ void rows_of_linear(const Level& level, const Linear& linear, const float* x, in
     } else {
       level.load(static_cast<const char*>(linear.bias) + row * size_of(linear.bias_dtype), linear.bias_dtype, rows, y + t * y_stride + row);
     }
+    if (linear.offset != nullptr) add_offsets(linear, x + t * x_stride, row, rows, y + t * y_stride + row);
   }
   mark(Part::router);
   for (int64_t p = 0; p < linear.planes; ++p) {

@@ -22,6 +22,7 @@ struct Linear {
   const uint16_t* router;    // float16 [experts, in] or null
   const void* bias;          // [out] or null
   Dtype bias_dtype;
+  const float* offset;       // of groups, [groups, out] or null: each times the sum of its group's inputs is added
 };
 
 // Inputs up to which a row of float32 must hold zeros.

@@ -32,13 +32,13 @@ std::optional<Dtype> dtype_of(const Tensor& tensor) {
 Tensor compact(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
 // Inputs of a block: those of a group where there are groups.
-int64_t block_of(const Tensor& weight, const Optional& scale_group) {
+int64_t block_of(const Tensor& weight, const Optional& scale_group, int64_t group_size) {
   const int64_t in = 8 * weight.size(2);
   if (!scale_group) return kBlock;
-  STD_TORCH_CHECK(scale_group->dim() == 3 && scale_group->size(0) == weight.size(0) && scale_group->size(1) == weight.size(1) &&
-                      scale_group->size(2) > 0 && in % scale_group->size(2) == 0,
-                  "scale_group does not fit the planes");
-  return in / scale_group->size(2);
+  const bool matches = scale_group->dim() == 3 && scale_group->size(0) == weight.size(0) && scale_group->size(1) == weight.size(1);
+  const int64_t groups = matches ? scale_group->size(2) : 0;
+  STD_TORCH_CHECK(groups > 0 && (group_size > 0 ? ceil_div(in, group_size) == groups : in % groups == 0), "scale_group does not fit the planes");
+  return group_size > 0 ? group_size : in / groups;
 }
 
 // The level in use, or the one below it where groups are too narrow for its steps; null where they fit none.
@@ -52,10 +52,10 @@ const Level* level_for(int64_t in, int64_t block) {
 
 constexpr int64_t kTilesWorthAThread = 1 << 15;  // bytes
 
-Tensor tile(const Tensor& weight, const Optional& scale_group) {
+Tensor tile(const Tensor& weight, const Optional& scale_group, int64_t group_size) {
   STD_TORCH_CHECK(weight.dim() == 3 && weight.scalar_type() == ScalarType::Byte, "weight must be uint8 [planes, out, in/8]");
   const Tensor bits = compact(weight);
-  const int64_t planes = bits.size(0), out = bits.size(1), in = 8 * bits.size(2), block = block_of(bits, scale_group);
+  const int64_t planes = bits.size(0), out = bits.size(1), in = 8 * bits.size(2), block = block_of(bits, scale_group, group_size);
   Optional groups;
   if (scale_group) {
     STD_TORCH_CHECK(scale_group->scalar_type() == ScalarType::Half, "scale_group must be float16 to be tiled");
@@ -75,7 +75,7 @@ Tensor tile(const Tensor& weight, const Optional& scale_group) {
     while (begin < end) {  // a run of tiles of one plane
       const int64_t p = begin / tiles, first = begin % tiles, count = std::min(tiles - first, end - begin);
       const int64_t row = p * out + first * rows, there = std::min(out - first * rows, count * rows);
-      make_tiles(used->layout, from + row * (in / 8), scales == nullptr ? nullptr : scales + row * (in / block), there, in, block,
+      make_tiles(used->layout, from + row * (in / 8), scales == nullptr ? nullptr : scales + row * ceil_div(in, block), there, in, block,
                  to + begin * bytes);
       begin += count;
     }
@@ -111,9 +111,10 @@ std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
 }
 
 Tensor reference(const Tensor& x, const Tensor& weight, const Optional& scale_in, const Optional& scale_out, const Optional& router,
-                 const Optional& scale_group, const Optional& bias) {
+                 const Optional& scale_group, const Optional& bias, int64_t group_size) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 7> stack{from(x), from(weight), from(scale_in), from(scale_out), from(router), from(scale_group), from(bias)};
+  std::array<StableIValue, 8> stack{from(x),      from(weight),      from(scale_in), from(scale_out),
+                                    from(router), from(scale_group), from(bias),     from(group_size)};
   call("bimos::packed_linear_reference", stack.data());
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
@@ -126,9 +127,9 @@ const uint16_t* halves(const Optional& tensor, std::vector<Tensor>& held) {
 }
 
 Tensor packed_linear(const Tensor& x, const Tensor& weight, const Optional& scale_in, const Optional& scale_out, const Optional& router,
-                     const Optional& scale_group, const Optional& bias, const Optional& tiles, bool int8) {
+                     const Optional& scale_group, const Optional& bias, const Optional& tiles, bool int8, int64_t group_size) {
   STD_TORCH_CHECK(weight.dim() == 3 && weight.scalar_type() == ScalarType::Byte, "weight must be uint8 [planes, out, in/8]");
-  const int64_t planes = weight.size(0), out = weight.size(1), in = 8 * weight.size(2), block = block_of(weight, scale_group);
+  const int64_t planes = weight.size(0), out = weight.size(1), in = 8 * weight.size(2), block = block_of(weight, scale_group, group_size);
   STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == in, "x has ", x.dim() > 0 ? x.size(x.dim() - 1) : 0, " features, the planes ", in);
   const int64_t experts = router ? router->size(0) : 1;
   const std::array<std::pair<const Optional*, int64_t>, 3> sizes{
@@ -143,15 +144,15 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, const Optional& scal
   const Level* used = level_for(in, block);
   const std::optional<Dtype> dtype = dtype_of(x), bias_dtype = bias ? dtype_of(*bias) : Dtype::float32;
   if (!dtype || !bias_dtype || !halves_only || used == nullptr || x.numel() == 0) {
-    return reference(x, weight, scale_in, scale_out, router, scale_group, bias);
+    return reference(x, weight, scale_in, scale_out, router, scale_group, bias, group_size);
   }
   const Plane plane{nullptr, in, block, scale_group.has_value(), int8};
   std::vector<Tensor> held;
   held.reserve(6);
   const bool made = tiles && tiles->dim() == 3 && tiles->size(0) == planes && tiles->size(1) == tile_count(used->layout, out) &&
                     tiles->size(2) == tile_bytes(used->layout, plane);
-  held.push_back(made ? compact(*tiles) : tile(weight, scale_group));
-  Linear linear{in, out, planes, experts, block, scale_group.has_value(), int8, nullptr, nullptr, nullptr, nullptr, nullptr, Dtype::float32};
+  held.push_back(made ? compact(*tiles) : tile(weight, scale_group, group_size));
+  Linear linear{in, out, planes, experts, block, scale_group.has_value(), int8, nullptr, nullptr, nullptr, nullptr, nullptr, Dtype::float32, nullptr};
   linear.tiles = static_cast<const uint8_t*>(held.back().const_data_ptr());
   linear.scale_in = halves(scale_in, held);
   linear.scale_out = halves(scale_out, held);
@@ -202,7 +203,7 @@ std::string isa() { return level().name; }
 }  // namespace bimos
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bimos, library) {
-  library.def("tile(Tensor weight, Tensor? scale_group) -> Tensor");
+  library.def("tile(Tensor weight, Tensor? scale_group, int group_size=0) -> Tensor");
   library.def("use_isa(str name) -> bool");
   library.def("isa() -> str");
 }

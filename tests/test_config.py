@@ -26,7 +26,7 @@ def test_default_yaml_is_the_default() -> None:
     values = read_yaml(CONFIGS / "default.yaml")
     assert RunConfig.from_dict(values) == RunConfig()
     assert values.keys() == RunConfig().to_dict().keys()  # every key is there to be seen
-    for section in ("initialise", "blocks", "distill"):
+    for section in ("initialise", "blocks", "distill", "loss"):
         assert values[section].keys() == RunConfig().to_dict()[section].keys()
 
 
@@ -49,6 +49,18 @@ def test_paper_recipe_to_the_letter(name: str) -> None:
     assert config.tokens is not None and config.tokens == pytest.approx(196e6, rel=0.01)
     assert distill.distinct_tokens == pytest.approx(config.tokens / 3, rel=0.01)  # three epochs
     assert "c4" in config.data and "wikitext-2" in config.data
+
+
+def test_dbllm_paper_recipe() -> None:
+    config = RunConfig.from_yaml(CONFIGS / "dbllm-paper.yaml")
+    method: Any = method_config(config.method, config.options)
+    assert config.method == "dbllm" and config.data == "self" and method.group_size == 64
+    assert (method.iterations, method.compensation, method.relative_latents) == (0, 0, False)
+    assert (config.loss.dad, config.loss.dad_gamma, config.loss.dad_lambda) == (True, 0.1, 0.1)
+    assert not RunConfig().loss.dad and RunConfig().loss.dad_gamma == RunConfig().loss.dad_lambda == 0.1
+    assert config.initialise.activation_aware and not config.initialise.refit and not config.blocks.enabled
+    chosen = RunConfig.from_dict(override({}, ["loss.dad=true", "loss.dad_lambda=1e-1", "loss.dad_gamma=0.3"]))
+    assert (chosen.loss.dad, chosen.loss.dad_lambda, chosen.loss.dad_gamma) == (True, 0.1, 0.3)
 
 
 def test_paper_recipes_differ_in_the_method_alone() -> None:
@@ -201,3 +213,16 @@ def test_a_list_of_the_wrong_kind() -> None:
 def test_tokens_for_no_distillation() -> None:
     with pytest.raises(BimosError, match="budget of distillation, which is off"):
         RunConfig.from_dict({"tokens": 5, "distill": {"enabled": False}})
+
+
+def test_what_is_left_to_the_method() -> None:
+    default = RunConfig()
+    assert default.settled(True).blocks.enabled and default.settled(True).distill.enabled and default.settled(True).initialise.refit
+    untrained = default.settled(False)
+    assert (untrained.blocks.enabled, untrained.distill.enabled, untrained.initialise.refit) == (False, False, False)
+    asked = RunConfig.from_dict({"tokens": 64, "distill": {"enabled": True}}).settled(False)
+    assert asked.distill.enabled and not asked.blocks.enabled
+    with pytest.raises(BimosError, match=r"method 'gptq2' is not trained: leave out --tokens, or set distill.enabled=true"):
+        RunConfig.from_dict({"method": "gptq2", "tokens": 64}).settled(False)
+    with pytest.raises(BimosError, match="budget of distillation, which is off"):
+        RunConfig.from_dict({"tokens": 64, "distill": {"enabled": False}})

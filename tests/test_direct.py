@@ -163,7 +163,7 @@ def test_damage_is_told_as_by_the_ordinary_loader(packed: Packed, tmp_path: Path
         (directory / shards[1].name).write_bytes(data)
 
     def newer(directory: Path) -> None:
-        change(directory, format_version=2)
+        change(directory, format_version=3)
 
     def planes(directory: Path) -> None:
         change(directory, planes=2)

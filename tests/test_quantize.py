@@ -31,7 +31,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 49152, "tie_word_embeddings": True,
     },
 }  # fmt: skip
-COMPONENTS = {"planes", "scales", "routers", "biases", "embedding", "head", "norms and others", "unconverted linears", "file headers"}
+COMPONENTS = {
+    "planes",
+    "scales",
+    "routers",
+    "bitmaps",
+    "codes",
+    "biases",
+    "embedding",
+    "head",
+    "norms and others",
+    "unconverted linears",
+    "file headers",
+}
 
 
 @pytest.mark.parametrize(
@@ -98,6 +110,15 @@ def test_a_plan_reads_no_weights(method: str, tmp_path: Path) -> None:
     assert plan(only_config(tmp_path / "7b", "7b"), RunConfig.from_dict({"method": method}))["body_bits_per_weight"] < 1.04
 
 
+@pytest.mark.parametrize(
+    ("method", "bits"), [("rtn2", 2.5), ("gptq2", 2.5), ("billm", 2 + 64 / 128), ("pbllm", 2.8)], ids=["rtn2", "gptq2", "billm", "pbllm"]
+)
+def test_honest_bits_of_the_baselines(method: str, bits: float, tmp_path: Path) -> None:
+    report = plan(only_config(tmp_path / "7b", "7b"), RunConfig.from_dict({"method": method}))
+    assert report["body_bits_per_weight"] == pytest.approx(bits, abs=0.01)
+    assert set(report["peak_memory_bytes"]) == {"blocks"}  # nothing is distilled
+
+
 # What a run leaves behind
 
 
@@ -157,6 +178,33 @@ def test_stages_can_be_left_out(teacher_directory: Path, text_file: Path, tmp_pa
     assert run(teacher_directory, tmp_path / "distilled", wanted)["stages"][1]["tokens"] == 128
     blocks = run(teacher_directory, tmp_path / "blocks", config(text_file, distill={"enabled": False}))
     assert [stage["name"] for stage in blocks["stages"]] == ["blocks"]
+
+
+@pytest.mark.parametrize("method", ["rtn2", "gptq2", "billm", "pbllm"])
+def test_post_training_methods_end_with_the_start(method: str, teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    quick = {"method": method, "data": str(text_file), "sequence_length": 32, "initialise": {"sequences": 4}}
+    result = run(teacher_directory, tmp_path / "out", RunConfig.from_dict(quick), evaluate=[str(text_file)])
+    assert [(stage["name"], stage["tokens"]) for stage in result["stages"]] == [("blocks", 0)]
+    assert result["config"]["minutes"] is None and result["perplexity"][str(text_file)]["value"] > 1
+    assert result["body_bits_per_weight"] == plan(teacher_directory, RunConfig.from_dict(quick))["body_bits_per_weight"]
+    wanted = quick | {"tokens": 128, "blocks": {"enabled": True, "tokens": 128}, "distill": {"enabled": True}}
+    trained = run(teacher_directory, tmp_path / "trained", RunConfig.from_dict(wanted))
+    assert [stage["name"] for stage in trained["stages"]] == ["blocks", "distill"] and all(s["tokens"] > 0 for s in trained["stages"])
+
+
+def test_the_start_of_post_training_methods_is_resumed(
+    teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the start settled for good is in the blocks' files, too."""
+    quick = {"method": "billm", "data": str(text_file), "sequence_length": 32, "initialise": {"sequences": 4}}
+    run(teacher_directory, tmp_path / "whole", RunConfig.from_dict(quick))
+    monkeypatch.setattr(module, "uninitialised_student", raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        run(teacher_directory, tmp_path / "killed", RunConfig.from_dict(quick))
+    monkeypatch.undo()
+    run(teacher_directory, tmp_path / "killed", None, resume=True)
+    one, two = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())
 
 
 def test_a_run_is_repeatable(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:

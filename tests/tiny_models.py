@@ -29,15 +29,19 @@ IDS = torch.tensor([[5, 17, 99, 3, 42, 100, 7, 64], [8, 8, 1, 77, 30, 2, 96, 11]
 class Trained(nn.Module):
     """Stands for a method's trained layer: it packs to tensors drawn at random."""
 
-    def __init__(self, linear: nn.Linear, planes: int, experts: int, group: int | None) -> None:
+    def __init__(self, linear: nn.Linear, planes: int, experts: int, group: int | None, grouped: tuple[str, ...]) -> None:
         super().__init__()
         n_in, n_out = linear.in_features, linear.out_features
         self.tensors: dict[str, Tensor] = {"weight": torch.randint(0, 256, (planes, n_out, n_in // 8), dtype=torch.uint8)}
+        self.group_size = group
         if group is None:
             self.tensors["scale_in"] = (torch.rand(planes, experts, n_in) + 0.5).half()
-        else:
-            self.tensors["scale_group"] = (torch.rand(planes, n_out, n_in // group) + 0.5).half()
-        self.tensors["scale_out"] = (torch.rand(planes, experts, n_out) / n_in**0.5).half()
+        for name in grouped if group else ():
+            leading = (n_out,) if name in ("scale_group_int", "offset_group") else (planes, n_out)
+            values = torch.rand(*leading, -(-n_in // group)) + (0.5 if name != "offset_group" else -0.5)
+            self.tensors[name] = (values / (1 if grouped == ("scale_group",) else 2 * n_in**0.5)).half()
+        if not group or grouped == ("scale_group",):
+            self.tensors["scale_out"] = (torch.rand(planes, experts, n_out) / n_in**0.5).half()
         if experts > 1:
             self.tensors["router"] = torch.randn(experts, n_in).half()
         if linear.bias is not None:
@@ -76,15 +80,23 @@ def dense() -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture(scope="session")
 def student(dense: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
-    """`student(kind, planes=, experts=, group=, skip=, **config)`: the same with `Trained` linears, but for the head."""
+    """`student(kind, planes=, experts=, group=, grouped=, skip=, **config)`: the same with `Trained` linears, but for the head."""
 
     def make(
-        kind: str, *, seed: int = 0, planes: int = 1, experts: int = 2, group: int | None = None, skip: str = "", **changes: Any
+        kind: str,
+        *,
+        seed: int = 0,
+        planes: int = 1,
+        experts: int = 2,
+        group: int | None = None,
+        grouped: tuple[str, ...] = ("scale_group",),
+        skip: str = "",
+        **changes: Any,
     ) -> PreTrainedModel:
         model = dense(kind, seed, **changes)
         for name, module in list(model.named_modules()):
             if type(module) is nn.Linear and module is not model.get_output_embeddings() and not (skip and name.endswith(skip)):
-                model.set_submodule(name, Trained(module, planes, experts, group))
+                model.set_submodule(name, Trained(module, planes, experts, group, grouped))
         return model
 
     return make

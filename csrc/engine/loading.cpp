@@ -88,9 +88,13 @@ class Reading {
     Optional scale_group;
     if (groups.numel() != 0) scale_group = groups;
     linear.grouped = scale_group.has_value();
-    linear.block = block_of(weight, scale_group);
+    const int64_t group_size = number();
+    STD_TORCH_CHECK(group_size >= 0 && group_size < kMost, "engine: groups of ", group_size);
+    linear.block = block_of(weight, scale_group, group_size);
     STD_TORCH_CHECK(level_for(in, linear.block) == &level(), "engine: groups of ", linear.block, " inputs are too narrow for it");
     linear.tiles = tiles(weight, scale_group, linear);
+    linear.offset = floats(ceil_div(in, linear.block) * out, "an offset of groups");
+    STD_TORCH_CHECK(linear.offset == nullptr || linear.grouped, "engine: offsets of groups and no groups");
     const Tensor bias = tensor();
     if (bias.numel() != 0) {
       STD_TORCH_CHECK(bias.numel() == out && dtype_of(bias), "engine: a bias has another dtype or shape than it should");
@@ -138,7 +142,7 @@ class Reading {
     const int64_t bytes = tile_count(level().layout, linear.out) * tile_bytes(level().layout, plane);
     uint8_t* to = arena_.take(static_cast<size_t>(linear.planes * bytes));
     for (int64_t p = 0; p < linear.planes; ++p) {
-      const uint16_t* own = scales == nullptr ? nullptr : scales + p * linear.out * (linear.in / linear.block);
+      const uint16_t* own = scales == nullptr ? nullptr : scales + p * linear.out * ceil_div(linear.in, linear.block);
       tilings_.push_back({bits + p * linear.out * (linear.in / 8), own, linear.out, linear.in, linear.block, to + p * bytes});
     }
     return to;

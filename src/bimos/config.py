@@ -21,14 +21,14 @@ class InitialiseConfig:
 
     sequences: int = 64  # calibration sequences behind the input statistics
     activation_aware: bool = True  # hand the statistics to the method; False: it sees the weights alone
-    refit: bool = True  # first refit each linear to the teacher's answers on the student's inputs
+    refit: bool | None = None  # first refit each linear to the teacher's answers on the student's inputs; null: if the method is trained
 
 
 @dataclasses.dataclass
 class BlocksConfig:
     """Stage 2: reconstruct each decoder block from the student's own inputs."""
 
-    enabled: bool = True
+    enabled: bool | None = None  # null: if the method is trained
     tokens: int = 32_768  # calibration tokens, streamed through every block
     epochs: int = 2
     batch_size: int = 2  # sequences
@@ -42,7 +42,7 @@ class BlocksConfig:
 class DistillConfig:
     """Stage 3: end-to-end distillation from the teacher's logits and hidden states."""
 
-    enabled: bool = True
+    enabled: bool | None = None  # null: if the method is trained
     batch_size: int = 2  # sequences a step
     accumulate: int = 1  # steps whose gradients are added up
     lr_latent: float = 7.0e-4
@@ -67,6 +67,15 @@ class DistillConfig:
 
 
 @dataclasses.dataclass
+class LossConfig:
+    """What any method's distillation loss may have besides; see `bimos.training.losses`."""
+
+    dad: bool = False  # Deviation-Aware Distillation (2402.11960): tokens of which teacher or student is unsure count more
+    dad_gamma: float = 0.1  # the teacher's entropy to this power, the student's to 1 less it
+    dad_lambda: float = 0.1  # of the deviation-aware term, beside the distillation loss
+
+
+@dataclasses.dataclass
 class RunConfig:
     """Everything that determines a run of `bimos quantize` besides the model."""
 
@@ -82,6 +91,7 @@ class RunConfig:
     initialise: InitialiseConfig = dataclasses.field(default_factory=InitialiseConfig)
     blocks: BlocksConfig = dataclasses.field(default_factory=BlocksConfig)
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config") -> Self:
@@ -98,6 +108,22 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def settled(self, trained: bool) -> Self:
+        """The config with every null that means "if the method is trained" decided.
+
+        Raises:
+            BimosError: what it comes to is no run.
+        """
+        if self.tokens is not None and self.distill.enabled is None and not trained:
+            raise BimosError(f"method '{self.method}' is not trained: leave out --tokens, or set distill.enabled=true")
+        sections: dict[str, Any] = {}
+        for name, key in (("initialise", "refit"), ("blocks", "enabled"), ("distill", "enabled")):
+            section = getattr(self, name)
+            sections[name] = dataclasses.replace(section, **{key: decided(getattr(section, key), trained)})
+        run = dataclasses.replace(self, **sections)
+        run.check()
+        return run
+
     def check(self) -> None:
         """Raises BimosError on values that no run can have."""
         for name in ("tokens", "minutes"):
@@ -112,7 +138,7 @@ class RunConfig:
                 value = getattr(getattr(self, section) if section else self, key)
                 if value is not None and not (math.isfinite(value) and holds(value)):
                     raise BimosError(f"{name}={value}: must be {must}")
-        if self.tokens is not None and not self.distill.enabled:
+        if self.tokens is not None and self.distill.enabled is False:
             raise BimosError(f"tokens={self.tokens} are the budget of distillation, which is off; set blocks.tokens, or give --minutes")
         if self.distill.teacher == "cached" and self.tokens is None and self.distill.distinct_tokens is None:
             raise BimosError("distill.teacher=cached: say how much text to cache, with --set distill.distinct_tokens=N or --tokens N")
@@ -126,13 +152,19 @@ class RunConfig:
             raise BimosError("distill.teacher=cached holds logits only; set hidden_weight and relative_weight to 0 or distill.teacher=live")
 
 
+def decided(value: bool | None, trained: bool) -> bool:
+    """An option that may be left to the method."""
+    return trained if value is None else value
+
+
 _POSITIVE = """sequence_length initialise.sequences blocks.tokens blocks.epochs blocks.batch_size
     distill.batch_size distill.accumulate distill.top_k distill.distinct_tokens distill.temperature"""
 _NOT_NEGATIVE = """blocks.lr_latent blocks.lr_scale blocks.lr_router distill.lr_latent distill.lr_scale distill.lr_router
-    distill.weight_decay distill.clip distill.hidden_weight distill.relative_weight distill.checkpoint_minutes"""
+    distill.weight_decay distill.clip distill.hidden_weight distill.relative_weight distill.checkpoint_minutes loss.dad_lambda"""
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     _POSITIVE: ("positive", lambda value: value > 0),
     _NOT_NEGATIVE: ("0 or more", lambda value: value >= 0),
+    "loss.dad_gamma": ("from 0 to 1", lambda value: 0 <= value <= 1),
     "blocks.share distill.warmup distill.beta1 distill.beta2": ("from 0 to below 1", lambda value: 0 <= value < 1),
 }
 

@@ -28,6 +28,7 @@ from bimos.kernels import native
 from bimos.packing import mapped
 from bimos.packing.embedding import Int8Embedding, Int8Head, TiedInt8Head, quantize_rows
 from bimos.packing.family import MODEL_TYPES, Unknown
+from bimos.packing.groups import product_form
 from bimos.packing.linear import ACTIVATIONS, PackedLinear
 from bimos.tokens import load_tokenizer
 
@@ -60,9 +61,11 @@ def refusal(model: Any) -> str | None:
             layer = block.get_submodule(name)
             if not isinstance(layer, PackedLinear):
                 return f"{name} is not packed"
+            if layer.salient is not None or layer.sparse_mask is not None:
+                return "salient weights beside the planes"
             if any(t.dtype != torch.float16 for n, t in layer.tensors().items() if n not in ("weight", "bias")):
                 return "scales that are not float16"
-            if layer.scale_group is not None and layer.in_features // layer.scale_group.shape[2] % 32:
+            if layer.group_size is not None and layer.group_size % 32:
                 return "groups that are no multiple of 32"
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         return "a head with a bias"
@@ -353,9 +356,11 @@ def _weights(model: Any, head_bits: int | None = None) -> tuple[list[Tensor], li
             tensors.append(none if norm is None else norm.weight.detach().float())
         for name in _LINEARS:
             layer = block.get_submodule(name)
-            numbers.append(1 if layer.router is None else layer.router.shape[0])
+            numbers += [1 if layer.router is None else layer.router.shape[0], layer.group_size or 0]
+            group, offset = product_form(layer.tensors())
             tensors += [layer.weight, *(none if t is None else t for t in (layer.scale_in, layer.scale_out, layer.router))]
-            tensors += [none if layer.scale_group is None else layer.scale_group, none if layer.bias is None else layer.bias]
+            tensors += [none if group is None else group, none if offset is None else offset.T.contiguous()]
+            tensors.append(none if layer.bias is None else layer.bias)
     return tensors, numbers
 
 

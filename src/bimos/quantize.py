@@ -86,7 +86,7 @@ def quantize(
         BimosError: see `run`.
     """
     values = {"method": method.name, "options": method.to_dict(), "data": data, **options}
-    config = _with_budget(RunConfig.from_dict(values, "bimos.quantize"))
+    config = _with_budget(RunConfig.from_dict(values, "bimos.quantize"), method)
     if isinstance(model, PreTrainedModel):
         teacher, tokenizer = model, tokenizer or load_tokenizer(str(model.name_or_path))
     else:
@@ -134,8 +134,9 @@ def run(
     if resume:
         evaluate = evaluate or read_run(output)["evaluate"]
         config = config or RunConfig.from_dict(remembered(output), str(work / "run.json"))
-    config = _with_budget(config or RunConfig())
+    config = config or RunConfig()
     method = method_config(config.method, config.options)
+    config = _with_budget(config, method)
     if not config.data:
         raise BimosError("no training text: give --data a txt, jsonl or parquet file, a Hub dataset, or 'self'")
     for name in evaluate:
@@ -185,7 +186,7 @@ def run(
         "recipe": {
             key: value
             for key, value in config.to_dict().items()
-            if key in ("data", "sequence_length", "seed", "initialise", "blocks", "distill")
+            if key in ("data", "sequence_length", "seed", "initialise", "blocks", "distill", "loss")
         },
         "budget": {stage["name"]: f"{stage['tokens']:,} tokens, {stage['seconds'] / 60:.1f} minutes" for stage in stages},
         "perplexity": quality,
@@ -219,6 +220,7 @@ def _train(
     """The three stages; everything that survives a restart lies in `work`. Returns the trained student and the stages' reports."""
     started = time.monotonic() if started is None else started
     method = method_config(config.method, config.options)
+    config = config.settled(method.trained)
     length = config.sequence_length
     stream = TokenStream(config.data, tokenizer, length, config.seed, work / "tokens", teacher=teacher)
     check_same_text(stream, work / "text.json")
@@ -251,14 +253,21 @@ def _train(
                 vocabulary = teacher.config.get_text_config().vocab_size
                 cache = TopKCache(work / "logits", distinct or count, length, min(config.distill.top_k, vocabulary), vocabulary)
             data = NumberedWindows(stream.as_dataset(calibration, count), count, distinct, config.seed)
-            report = distill(student, teacher, data, length, config.distill, budget, work / "distill", progress, cache, config.seed)
+            report = distill(
+                student, teacher, data, length, config.distill, budget, work / "distill", progress, cache, config.seed, config.loss
+            )
             stages.append({**report, "peak_memory_bytes": peak_bytes()})
     return student, stages  # type: ignore[return-value]
 
 
-def _with_budget(config: RunConfig) -> RunConfig:
-    """The config, with the default's minutes where neither minutes nor tokens are given."""
-    endless = config.tokens is None and config.minutes is None
+def _with_budget(config: RunConfig, method: MethodConfig) -> RunConfig:
+    """The config, with the default's minutes where something is trained and neither minutes nor tokens are given.
+
+    Raises:
+        BimosError: see `RunConfig.settled`.
+    """
+    settled = config.settled(method.trained)
+    endless = config.tokens is None and config.minutes is None and bool(settled.blocks.enabled or settled.distill.enabled)
     return dataclasses.replace(config, minutes=DEFAULT_MINUTES if endless else config.minutes)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bimos.methods.compensation import Fit, _error, compensated_fit
+from bimos.methods.base import InputStatistics
+from bimos.methods.compensation import Fit, _error, carry_over, compensated_fit, inverse_factor, statistics_factor, sweep
 from bimos.methods.ste import weighted_rank_one
 
 
@@ -92,3 +93,49 @@ def test_error_is_that_of_outputs() -> None:
     fit = Fit(torch.rand(6), torch.rand(8), torch.randn(6, 8))
     expected = (x @ (weight - matrix(fit)).T).square().sum().item() / 32
     assert _error(weight, fit, x.T @ x / 32) == pytest.approx(expected, rel=1e-4)
+
+
+def best_rest(weight: Tensor, settled: Tensor, gram: Tensor) -> Tensor:
+    """Brute force: the columns behind those that are settled `[out, k]` which minimise `(w - v) H (w - v)^T`, `[out, in - k]`."""
+    k = settled.shape[1]
+    free = torch.zeros(gram.shape[0], gram.shape[0] - k, dtype=torch.float64)
+    free[k:] = torch.eye(gram.shape[0] - k)
+    root = torch.linalg.cholesky(gram.double())  # |(w - v) root|^2 is the error
+    rest = (weight - torch.cat([settled, torch.zeros(len(weight), gram.shape[0] - k)], 1)).double() @ root
+    return torch.linalg.lstsq((free.T @ root).T, rest.T).solution.T.float()
+
+
+@pytest.mark.parametrize("panel", [1, 3, 8, 96])
+def test_a_sweep_rounds_what_is_best_by_then(panel: int) -> None:
+    weight = torch.randn(5, 8, generator=torch.Generator().manual_seed(8))
+    gram = correlated_gram(8, 3) + 0.1 * torch.eye(8)
+    begun: list[int] = []
+    values = sweep(weight, inverse_factor(gram), lambda j, value: value.round(), panel, lambda start, columns: begun.append(start))
+    for j in range(8):
+        torch.testing.assert_close(values[:, j], best_rest(weight, values[:, :j].round(), gram)[:, 0], rtol=1e-4, atol=1e-4)
+    assert begun == list(range(0, 8, panel))
+    error, plain = (output_error(weight, q, gram) for q in (values.round(), weight.round()))
+    assert error < 0.8 * plain
+
+
+@pytest.mark.parametrize("width", [1, 3, 5])
+def test_columns_rounded_at_once_are_made_good_as_well_as_can_be(width: int) -> None:
+    weight = torch.randn(5, 8, generator=torch.Generator().manual_seed(9))
+    gram = correlated_gram(8, 3) + 0.1 * torch.eye(8)
+    moved, factor, settled = weight.clone(), inverse_factor(gram), torch.zeros(5, 0)
+    for start in range(0, 8, width):
+        torch.testing.assert_close(moved[:, start:], best_rest(weight, settled, gram), rtol=1e-4, atol=1e-4)
+        columns = moved[:, start : start + width].clone()
+        carry_over(moved, factor, start, columns - columns.sign())
+        settled = torch.cat([settled, columns.sign()], 1)
+
+
+def test_factor_of_statistics() -> None:
+    gram = correlated_gram(8, 3)
+    order = torch.tensor([3, 1, 0, 7, 6, 5, 4, 2])
+    factor = statistics_factor(InputStatistics(gram.diagonal(), torch.zeros(0, 8), gram), 0.02, order)
+    damped = (gram + 0.02 * gram.diagonal().mean() * torch.eye(8))[order][:, order] / gram.diagonal().mean()
+    torch.testing.assert_close(factor.T @ factor, damped.inverse(), rtol=1e-4, atol=1e-4)
+    uninformed = statistics_factor(InputStatistics(torch.arange(8.0), torch.zeros(0, 8)), 0.02)
+    torch.testing.assert_close(uninformed, (1 / (torch.arange(8.0) / 3.5 + 0.02).sqrt()).diag())
+    assert torch.isfinite(statistics_factor(InputStatistics(torch.zeros(8), torch.zeros(0, 8), torch.zeros(8, 8)), 0.01)).all()

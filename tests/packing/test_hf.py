@@ -174,7 +174,7 @@ def test_keys_of_the_config_survive(packed: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version 2"),
+        ({"format_version": 3}, "format_version 3"),
         ({"format_version": "1"}, "not a version"),
         ({"experts": 3}, "disagree"),
         ({"planes": 2}, "disagree"),

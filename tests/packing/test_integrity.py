@@ -152,7 +152,7 @@ def test_newer_format(copied: Callable[[str], Path]) -> None:
     values = json.loads((directory / "config.json").read_text())
     values["quantization_config"]["format_version"] = 7
     (directory / "config.json").write_text(json.dumps(values))
-    assert_refused(directory, "format_version 7 and this bimos reads up to 1; upgrade")
+    assert_refused(directory, "format_version 7 and this bimos reads up to 2; upgrade")
 
 
 def test_weights_without_checksums(copied: Callable[[str], Path]) -> None:

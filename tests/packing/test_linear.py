@@ -28,7 +28,9 @@ def test_holds_the_tensors_and_computes_with_them() -> None:
     assert layer.tensors().keys() == given.keys() and layer.scale_group is None
     assert set(layer.state_dict()) == set(given) and not list(layer.parameters())
     x = torch.randn(2, 3, 16)
-    expected = torch.ops.bimos.packed_linear(x, *(given.get(name) for name in PackedLinear.NAMES))
+    expected = torch.ops.bimos.packed_linear(
+        x, *(given.get(name) for name in ("weight", "scale_in", "scale_out", "router", "scale_group", "bias"))
+    )
     assert torch.equal(layer(x), expected)
     assert torch.equal(copy.deepcopy(layer)(x), expected)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bimos.config import DistillConfig
+from bimos.config import DistillConfig, LossConfig
 from bimos.kernels import native
 from bimos.methods import method_config
 from bimos.models import convertible_linears, load_model
 from bimos.training import losses
-from bimos.training.losses import chunk_rows, hidden_state_loss, kl_from_hidden, kl_from_top_k, relative_error
+from bimos.training.losses import Deviation, chunk_rows, hidden_state_loss, kl_from_hidden, kl_from_top_k, relative_error
 from bimos.training.student import binarize
 from bimos.training.trainer import Distillation
 
@@ -171,6 +172,62 @@ def test_a_sure_teacher_is_no_trouble(heads: tuple[nn.Linear, nn.Linear]) -> Non
     loss.backward()
     assert hidden.grad is not None
     assert torch.isfinite(loss) and torch.isfinite(hidden.grad).all()
+
+
+def test_weights_of_entropies_by_hand() -> None:
+    """A fair coin has ln 2 nats, a sure thing none, four equal classes 2 ln 2."""
+    sure, coin, four = torch.tensor([40.0, 0, 0, 0]), torch.tensor([0.0, 0, -40, -40]), torch.zeros(4)
+    teacher, student = torch.stack([coin, four, sure, coin]), torch.stack([coin, coin, coin, sure])
+    log2 = math.log(2)
+    # By gamma 1/4: (ln 2)^.25 (ln 2)^.75, (2 ln 2)^.25 (ln 2)^.75, none, none.
+    weights = torch.tensor([log2, 2**0.25 * log2, 0.0, 0.0])
+    # KL of the second row: four equal classes against a coin; of the others: 0, a sure thing against a coin, a coin against a sure thing.
+    log_q = F.log_softmax(student, -1)
+    terms = (teacher.softmax(-1) * (teacher.log_softmax(-1) - log_q)).sum(-1)
+    assert terms[2].item() == pytest.approx(log2) and terms[0].item() == pytest.approx(0, abs=1e-6)
+    head = nn.Identity()
+    actual = kl_from_hidden(student, teacher, head, head, 4, deviation=Deviation(0.25, 0.5))
+    torch.testing.assert_close(actual, (terms * (1 + 0.5 * weights)).mean(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("k", [None, 5])
+@pytest.mark.parametrize(("gamma", "weight"), [(0.1, 0.1), (0.5, 2.0), (1.0, 1.0), (0.0, 1.0)])
+def test_deviation_aware_distillation(heads: tuple[nn.Linear, nn.Linear], gamma: float, weight: float, k: int | None) -> None:
+    """Value and gradient of KL + lambda H(p)^gamma H(q)^(1 - gamma) KL, the weights held fixed, on all logits at once."""
+    mine, theirs = states(1, 1.0).requires_grad_(), states(1, 1.0).requires_grad_()
+    log_p, log_q = F.log_softmax(heads[1](states(2, 1.0)), -1), F.log_softmax(heads[0](theirs), -1)
+    top, index = log_p.topk(k or VOCABULARY, dim=-1)
+    deviation = Deviation(gamma, weight)
+    if k is None:
+        actual = kl_from_hidden(mine, states(2, 1.0), *heads, VOCABULARY, deviation=deviation)
+        p, q = log_p.exp(), log_q.exp()
+    else:
+        actual = kl_from_top_k(mine, top, index, heads[0], VOCABULARY, deviation)
+        p, q = top.exp(), log_q.gather(-1, index).exp()
+        p, q = (torch.cat([part, 1 - part.sum(-1, keepdim=True)], -1) for part in (p, q))  # the rest as one class
+    entropy_p, entropy_q = (-(part * part.log()).sum(-1).detach() for part in (p, q))
+    terms = (p * (p.log() - q.log())).sum(-1)
+    expected = (terms * (1 + weight * entropy_p**gamma * entropy_q ** (1 - gamma))).mean()
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=0)
+    actual.backward()
+    expected.backward()
+    assert mine.grad is not None and theirs.grad is not None
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-4 * theirs.grad.abs().max().item())
+
+
+def test_any_method_can_use_it(teacher_directory: Path) -> None:
+    teacher, student = (load_model(teacher_directory, torch.float32) for _ in range(2))
+    binarize(student, list(convertible_linears(student)), method_config("sign"), {}, torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 320, (BATCH, LENGTH), generator=torch.Generator().manual_seed(3))
+
+    def loss(config: LossConfig | None) -> float:
+        return Distillation(student, teacher, DistillConfig(), None, config)(ids, torch.arange(BATCH))["loss"].item()
+
+    plain = loss(None)
+    assert loss(LossConfig()) == plain  # off by default
+    assert loss(LossConfig(dad=True, dad_lambda=0.0)) == pytest.approx(plain, rel=1e-5)
+    assert loss(LossConfig(dad=True)) > 1.1 * plain  # entropies of a random model are near ln 320
 
 
 def test_hidden_state_loss_sums_layers() -> None:

@@ -119,7 +119,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def info(model: Model, json: Json = None) -> None:
-    """Show where a model's bytes are, and its bits per weight.
+    """Show where a model's bytes are, and its bits per weight; of planes of zeros and ones, how many additions they skip.
 
     Of a .gguf file or a Hub id only the config is read: sizes are then those of 16-bit weights.
 
@@ -127,8 +127,9 @@ def info(model: Model, json: Json = None) -> None:
     """
     quiet()
     from bimos.models import empty_model, load_config
-    from bimos.packing.integrity import read_config
+    from bimos.packing.integrity import is_packed, read_config, weight_files
     from bimos.packing.sizes import size_report
+    from bimos.packing.sparsity import sparsity_report
 
     result: dict[str, Any] = {"model": model}
     if Path(model).expanduser().is_dir():
@@ -136,10 +137,13 @@ def info(model: Model, json: Json = None) -> None:
         packing = read_config(directory).get("quantization_config") or {}
         result |= size_report(directory)
         result |= {key: packing[key] for key in ("method", "options", "embedding_bits", "format_version") if key in packing}
+        planes = sparsity_report(weight_files(directory), packing) if is_packed(directory) else None
+        result |= {} if planes is None else {"planes": planes}
     else:
         result |= size_report(empty_model(load_config(model)))
     out = console(json)
     show.sizes(out, result)
+    show.planes(out, result)
     if "method" in result:
         options = ", ".join(f"{key}={value}" for key, value in result["options"].items())
         out.print(f"method {result['method']} ({options or 'no options'}), embeddings in {result['embedding_bits']} bits")

@@ -35,6 +35,17 @@ def sizes(out: Console, result: dict[str, Any]) -> None:
     out.print(f"{figures}; {bits(result['bits_per_parameter'])} bits per parameter of the whole model")
 
 
+def planes(out: Console, result: dict[str, Any]) -> None:
+    """The key `planes` of a result, if there is one."""
+    if "planes" not in result:
+        return
+    found = result["planes"]
+    shares = " and ".join(f"{share:.1%}" for share in found["share_of_ones"])
+    out.print(f"planes of zeros and ones: {shares} are ones, {found['additions_skipped']:.1%} of the additions are skipped;")
+    operations, dense = found["operations_per_weight"], found["dense_operations_per_weight"]
+    out.print(f"{operations:.2f} operations a weight, a dense 2-bit product has {dense:.2f}: {found['operations']:.0%}")
+
+
 def plan(out: Console, result: dict[str, Any]) -> None:
     """What `--dry-run` says."""
     sizes(out, result)

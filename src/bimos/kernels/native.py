@@ -56,14 +56,14 @@ def use_isa(name: str) -> None:
     _level = name
 
 
-def tile(weight: Tensor, scale_group: Tensor | None = None) -> Tensor | None:
-    """Planes uint8 `[planes, out, in/8]` (and group scales, float16 `[planes, out, in/g]`) in the order in which kernels read them.
+def tile(weight: Tensor, scale_group: Tensor | None = None, group_size: int = 0) -> Tensor | None:
+    """Planes uint8 `[planes, out, in/8]` (and group scales, float16 `[planes, out, groups]`) in the order in which kernels read them.
 
     None where there is nothing to gain: no kernels, another device, or groups that they do not cover.
     """
     if _level is None or weight.device.type != "cpu" or (scale_group is not None and scale_group.dtype != torch.float16):
         return None
-    tiles: Tensor = torch.ops.bimos.tile(weight, scale_group)
+    tiles: Tensor = torch.ops.bimos.tile(weight, scale_group, group_size)
     return tiles if tiles.numel() else None
 
 

@@ -17,13 +17,14 @@ from bimos.kernels import reference
 torch.library.define(
     "bimos::packed_linear",
     "(Tensor x, Tensor weight, Tensor? scale_in, Tensor? scale_out, Tensor? router, Tensor? scale_group, Tensor? bias, "
-    "Tensor? tiles=None, bool int8=False) -> Tensor",
+    "Tensor? tiles=None, bool int8=False, int group_size=0) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # What a faster kernel calls for what it does not cover itself.
 torch.library.define(
     "bimos::packed_linear_reference",
-    "(Tensor x, Tensor weight, Tensor? scale_in, Tensor? scale_out, Tensor? router, Tensor? scale_group, Tensor? bias) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? scale_in, Tensor? scale_out, Tensor? router, Tensor? scale_group, Tensor? bias, "
+    "int group_size=0) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -39,6 +40,7 @@ def _(
     bias: Tensor | None,
     tiles: Tensor | None = None,
     int8: bool = False,
+    group_size: int = 0,
 ) -> Tensor:
     planes, out_features, in_bytes = weight.shape
     torch._check(weight.dtype == torch.uint8, lambda: f"weight must be uint8, got {weight.dtype}")
@@ -47,6 +49,10 @@ def _(
     for name, scale, features in (("scale_in", scale_in, 8 * in_bytes), ("scale_out", scale_out, out_features)):
         if scale is not None:
             torch._check(scale.shape == (planes, experts, features), lambda n=name, s=scale: f"{n} has shape {list(s.shape)}")
+    if scale_group is not None:
+        groups = -(-8 * in_bytes // group_size) if group_size else scale_group.shape[-1]
+        fits = scale_group.shape == (planes, out_features, groups) and (group_size or 8 * in_bytes % groups == 0)
+        torch._check(bool(fits), lambda: f"scale_group has shape {list(scale_group.shape)}")
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -70,8 +76,8 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
 
 
 torch.library.impl("bimos::packed_linear", "CompositeExplicitAutograd")(
-    lambda x, weight, scale_in, scale_out, router, scale_group, bias, tiles=None, int8=False: reference.packed_linear(
-        x, weight, scale_in, scale_out, router, scale_group, bias
+    lambda x, weight, scale_in, scale_out, router, scale_group, bias, tiles=None, int8=False, group_size=0: reference.packed_linear(
+        x, weight, scale_in, scale_out, router, scale_group, bias, group_size
     )
 )
 torch.library.impl("bimos::packed_linear_reference", "CompositeExplicitAutograd")(reference.packed_linear)
@@ -89,6 +95,7 @@ def packed_linear(
     bias: Tensor | None = None,
     tiles: Tensor | None = None,
     int8: bool = False,
+    group_size: int = 0,
 ) -> Tensor:
     """The product of `x [..., in]` with packed planes; see `bimos.kernels.reference.packed_linear`.
 
@@ -96,10 +103,11 @@ def packed_linear(
         tiles: what `bimos.kernels.native.tile` made of the same planes; without it a kernel that wants them makes them every time.
         int8: allow a kernel to be faster and less exact: sums of four scaled inputs, under all signs, are rounded to 8 bits, 127 being
             the largest `|x_1| + .. + |x_4|` of its 256 inputs (or of its group). The reference stays exact.
+        group_size: inputs of a group, of which the last may have fewer; 0: their number divides the inputs.
     """
     if torch.is_grad_enabled() and x.requires_grad:
-        return reference.packed_linear(x, weight, scale_in, scale_out, router, scale_group, bias)
-    return torch.ops.bimos.packed_linear(x, weight, scale_in, scale_out, router, scale_group, bias, tiles, int8)
+        return reference.packed_linear(x, weight, scale_in, scale_out, router, scale_group, bias, group_size)
+    return torch.ops.bimos.packed_linear(x, weight, scale_in, scale_out, router, scale_group, bias, tiles, int8, group_size)
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -35,6 +35,7 @@ def packed_linear(
     router: Tensor | None = None,
     scale_group: Tensor | None = None,
     bias: Tensor | None = None,
+    group_size: int = 0,
 ) -> Tensor:
     """`[..., in]` to `[..., out]`; the equation above. Differentiable in `x` and in every scale.
 
@@ -44,16 +45,17 @@ def packed_linear(
         scale_in: `[planes, e, in]`.
         scale_out: `[planes, e, out]`.
         router: `[e, in]`; None where e = 1.
-        scale_group: `[planes, out, in/g]`.
+        scale_group: `[planes, out, groups]`.
         bias: `[out]`.
+        group_size: inputs of a group, of which the last may have fewer; 0: their number divides the inputs.
     """
     gate = None if router is None else torch.softmax(F.linear(x.float(), router.float()), dim=-1)
     y = torch.zeros(*x.shape[:-1], weight.shape[1], dtype=torch.float32, device=x.device)
     for plane in range(weight.shape[0]):
         signs = unpack_signs(weight[plane], x.dtype)
         if scale_group is not None:
-            scale = scale_group[plane].to(x.dtype).unsqueeze(-1)  # [out, in/g, 1]
-            signs = (signs.unflatten(-1, (scale.shape[1], -1)) * scale).flatten(-2)
+            inputs = group_size or x.shape[-1] // scale_group.shape[2]
+            signs = signs * scale_group[plane].to(x.dtype).repeat_interleave(inputs, dim=1)[:, : x.shape[-1]]
         scaled = x if scale_in is None else (x.float() * _mix(gate, scale_in[plane])).to(x.dtype)
         product = F.linear(scaled, signs).float()
         y = y + (product if scale_out is None else product * _mix(gate, scale_out[plane]))

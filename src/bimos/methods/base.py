@@ -56,10 +56,14 @@ class InputStatistics:
 
 @dataclasses.dataclass(frozen=True)
 class MethodConfig:
-    """Options of one method. Subclasses add fields; every field has a default."""
+    """Options of one method. Subclasses add fields; every field has a default.
+
+    `trained` says whether a run trains the method's layers unless its config says otherwise; post-training methods end with the start.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
+    trained: ClassVar[bool] = True
     layer: ClassVar[type[TrainableLinear]]
 
     def packed_layout(self, in_features: int, out_features: int, bias: bool) -> dict[str, StoredTensor]:
@@ -80,7 +84,11 @@ class TrainableLinear(nn.Module):
     `forward` takes `[..., in]` and returns `[..., out]`, and equals `PackedLinear` with the tensors of `pack()`
     up to the rounding of the scales to their stored precision. Two threads call it at once, each with a part of the batch: it keeps
     nothing on `self`, and does not write to what `sign_ste` gives it.
+
+    Parameters are trained and kept in float32; what the start settles for good (which weights are salient, say) is a persistent buffer.
     """
+
+    uses_signs: ClassVar[bool] = True  # whether latents are used through `sign_ste`: their signs are then made once for both threads
 
     def __init__(self, in_features: int, out_features: int, bias: bool, config: Any) -> None:
         """Parameters of the right shapes; their values do not matter."""
@@ -100,6 +108,11 @@ class TrainableLinear(nn.Module):
     def pack(self) -> dict[str, Tensor]:
         """The stored tensors, with exactly the names, shapes and dtypes of `config.packed_layout`."""
         raise NotImplementedError
+
+    @property
+    def group_size(self) -> int | None:
+        """Inputs of a group of what `pack` gives; None without groups, or where their number divides the inputs."""
+        return None
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
         """Every parameter, once, by its role: `latent`, `scale`, `router` or `bias`. Roles get learning rates."""

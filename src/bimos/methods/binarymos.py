@@ -5,6 +5,9 @@
     Y     = ((X * s_in) sign(W)^T) * s_out + bias
 
 One router per linear drives both mixes. Stored: one plane, `e` pairs of float16 vectors, a float16 router.
+
+With `planes=2`, which the paper has not, a second plane with scaling experts of its own is added to Y; one router drives all mixes.
+Both planes are trained together, on the error that they have in common.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 from bimos.errors import BimosError
 from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, register, require_multiple_of_8
 from bimos.methods.compensation import Fit, compensated_fit, signs_of
+from bimos.methods.coupled import coupled_fit, matrix
 from bimos.methods.mixing import mix, route_and_mix
 from bimos.methods.ste import compute_dtype, sign_linear, weighted_rank_one
 from bimos.packing.format import pack_signs
@@ -33,6 +37,7 @@ class BinaryMoSLinear(TrainableLinear):
         weight: latent, float32 `[out, in]`.
         scale_in `[e, in]`, scale_out `[e, out]`: the experts.
         router: `[e, in]`, None with one expert.
+        weight_2, scale_in_2, scale_out_2: of the second plane, or None.
         bias: `[out]` or None.
     """
 
@@ -45,6 +50,10 @@ class BinaryMoSLinear(TrainableLinear):
         self.scale_in = nn.Parameter(torch.ones(experts, in_features))
         self.scale_out = nn.Parameter(torch.ones(experts, out_features))
         self.router = nn.Parameter(torch.zeros(experts, in_features)) if experts > 1 else None
+        two = config.planes == 2
+        self.weight_2 = nn.Parameter(torch.empty(out_features, in_features)) if two else None
+        self.scale_in_2 = nn.Parameter(torch.ones(experts, in_features)) if two else None
+        self.scale_out_2 = nn.Parameter(torch.ones(experts, out_features)) if two else None
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     @classmethod
@@ -57,8 +66,13 @@ class BinaryMoSLinear(TrainableLinear):
         clusters = None
         if config.distinct_experts and experts > 1 and len(sample) >= 8 * experts:
             clusters = _cluster(sample, experts, generator)
-        if statistics.gram is not None and config.compensation:
+        second: Fit | None = None
+        if config.planes == 2:
+            fit, second = coupled_fit(weight, statistics.second_moment, statistics.gram, config.compensation, config.iterations)
+            weight = weight - matrix(second)  # what is left for the first plane, whose experts start distinct
+        elif statistics.gram is not None and config.compensation:
             fit = compensated_fit(weight, statistics.gram, config.compensation, config.iterations)
+        if second is not None or (statistics.gram is not None and config.compensation):
             rows, columns, decision = fit.row.expand(experts, -1), fit.column.expand(experts, -1), fit.decision
             if clusters is not None:
                 rows = _expert_rows(weight, fit, statistics, F.softmax(sample @ clusters.router.T, -1))
@@ -74,15 +88,11 @@ class BinaryMoSLinear(TrainableLinear):
         with torch.no_grad():
             layer.scale_out.copy_(rows)
             layer.scale_in.copy_(columns)
-            layer.weight.copy_(decision)
-            if config.latent_magnitude is not None:
-                # Divided by what the scales expect of it, every latent is as likely to flip as any other.
-                expected = rows.mean(0).abs()[:, None] * columns.mean(0)[None, :]
-                layer.weight.div_(expected.clamp_min(1e-8))
-                # Errors carried over make some decisions extreme; all should stay possible to undo.
-                most = 6 * layer.weight.abs().median()
-                layer.weight.clamp_(-most, most)
-                layer.weight.mul_(config.latent_magnitude / layer.weight.abs().mean().clamp_min(1e-8))
+            layer.weight.copy_(_latents(decision, rows, columns, config.latent_magnitude))
+            if second is not None:
+                layer.scale_out_2.copy_(second.row)  # type: ignore[union-attr]
+                layer.scale_in_2.copy_(second.column)  # type: ignore[union-attr]
+                layer.weight_2.copy_(_latents(second.decision, second.row[None], second.column[None], config.latent_magnitude))  # type: ignore[union-attr]
             if layer.router is not None:
                 if clusters is not None:
                     layer.router.copy_(clusters.router)
@@ -102,13 +112,15 @@ class BinaryMoSLinear(TrainableLinear):
         else:
             scaled, gate = route_and_mix(x, self.router, self.scale_in)
         y = mix(sign_linear(scaled, self.weight), gate, self.scale_out)
+        if self.weight_2 is not None and self.scale_in_2 is not None and self.scale_out_2 is not None:
+            y = y + mix(sign_linear(mix(x, gate, self.scale_in_2), self.weight_2), gate, self.scale_out_2)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def pack(self) -> dict[str, Tensor]:
         tensors = {
-            "weight": pack_signs(self.weight.detach())[None],
-            "scale_in": self.scale_in.detach().half()[None],
-            "scale_out": self.scale_out.detach().half()[None],
+            "weight": torch.stack([pack_signs(part.detach()) for part in self._planes(self.weight, self.weight_2)]),
+            "scale_in": torch.stack([part.detach().half() for part in self._planes(self.scale_in, self.scale_in_2)]),
+            "scale_out": torch.stack([part.detach().half() for part in self._planes(self.scale_out, self.scale_out_2)]),
         }
         if self.router is not None:
             tensors["router"] = self.router.detach().half()
@@ -116,10 +128,14 @@ class BinaryMoSLinear(TrainableLinear):
             tensors["bias"] = self.bias.detach().half()
         return tensors
 
+    @staticmethod
+    def _planes(first: nn.Parameter, second: nn.Parameter | None) -> list[nn.Parameter]:
+        return [first] if second is None else [first, second]
+
     def roles(self) -> dict[str, list[nn.Parameter]]:
         return {
-            "latent": [self.weight],
-            "scale": [self.scale_in, self.scale_out],
+            "latent": self._planes(self.weight, self.weight_2),
+            "scale": [*self._planes(self.scale_in, self.scale_in_2), *self._planes(self.scale_out, self.scale_out_2)],
             "router": [] if self.router is None else [self.router],
             "bias": [] if self.bias is None else [self.bias],
         }
@@ -138,6 +154,7 @@ class BinaryMoSConfig(MethodConfig):
     layer: ClassVar[type[TrainableLinear]] = BinaryMoSLinear
 
     num_experts: int = 4
+    planes: int = 1  # 2: another sign plane with scales of its own, trained with the first
     compensation: int = 3  # rounds in which signs make good each other's errors, where inputs are known; 0: signs of the weights
     iterations: int = 8  # of activation-weighted least squares for the scales; 0: rank-1 SVD of |W|
     distinct_experts: bool = True  # experts start from clusters of tokens
@@ -146,6 +163,8 @@ class BinaryMoSConfig(MethodConfig):
     def __post_init__(self) -> None:
         if not 1 <= self.num_experts <= 256:
             raise BimosError(f"num_experts={self.num_experts}: must be from 1 to 256")
+        if self.planes not in (1, 2):
+            raise BimosError(f"planes={self.planes}: must be 1 or 2")
         for name in ("iterations", "compensation"):
             if getattr(self, name) < 0:
                 raise BimosError(f"{name}={getattr(self, name)}: must be 0 or more")
@@ -156,15 +175,28 @@ class BinaryMoSConfig(MethodConfig):
         require_multiple_of_8(in_features)
         experts = self.num_experts
         layout = {
-            "weight": StoredTensor((1, out_features, in_features // 8), torch.uint8),
-            "scale_in": StoredTensor((1, experts, in_features), torch.float16),
-            "scale_out": StoredTensor((1, experts, out_features), torch.float16),
+            "weight": StoredTensor((self.planes, out_features, in_features // 8), torch.uint8),
+            "scale_in": StoredTensor((self.planes, experts, in_features), torch.float16),
+            "scale_out": StoredTensor((self.planes, experts, out_features), torch.float16),
         }
         if experts > 1:
             layout["router"] = StoredTensor((experts, in_features), torch.float16)
         if bias:
             layout["bias"] = StoredTensor((out_features,), torch.float16)
         return layout
+
+
+def _latents(decision: Tensor, rows: Tensor, columns: Tensor, magnitude: float | None) -> Tensor:
+    """Latents `[out, in]` of what signs were taken of; scales `[e, out]`, `[e, in]`."""
+    if magnitude is None:
+        return decision
+    # Divided by what the scales expect of it, every latent is as likely to flip as any other.
+    expected = rows.mean(0).abs()[:, None] * columns.mean(0)[None, :]
+    latents = decision / expected.clamp_min(1e-8)
+    # Errors carried over make some decisions extreme; all should stay possible to undo.
+    most = 6 * latents.abs().median()
+    latents.clamp_(-most, most)
+    return latents.mul_(magnitude / latents.abs().mean().clamp_min(1e-8))
 
 
 def _expert_rows(weight: Tensor, fit: Fit, statistics: InputStatistics, gate: Tensor) -> Tensor:

@@ -8,11 +8,13 @@ still to come. Between sweeps the scales are refit to the signs by least squares
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bimos.methods.base import InputStatistics
 from bimos.methods.ste import weighted_rank_one
 
 DAMPING = 0.05  # of the mean of H's diagonal, added to it
@@ -40,19 +42,47 @@ def compensated_fit(weight: Tensor, gram: Tensor, rounds: int, iterations: int) 
     row, column = weighted_rank_one(weight.abs(), gram.diagonal(), iterations)
     best = Fit(row, column, weight)
     least = _error(weight, best, gram)
-    damped = gram + DAMPING * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    order = damped.diagonal().argsort(descending=True)  # inputs that matter most first, while there are others to mend them
+    damped, order, factor = prepared(gram)
     back = order.argsort()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
-    factor = torch.linalg.cholesky(inverse, upper=True)
     for _ in range(rounds):
-        decision = _sweep(weight[:, order], factor, row, column[order])[:, back]
+        decision = sweep(weight[:, order], factor, _by_signs(row, column[order]))[:, back]
         row, column, decision = _refit(weight, damped, decision, row, column)
         fit = Fit(row, column, decision)
         error = _error(weight, fit, gram)
         if error < least:
             best, least = fit, error
     return best
+
+
+def prepared(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a sweep needs of `H`, whose diagonal has mean 1.
+
+    Returns:
+        `H` with damping; the order of the columns; the upper Cholesky factor of the inverse of `H` in that order.
+    """
+    damped = gram + DAMPING * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    order = damped.diagonal().argsort(descending=True)  # inputs that matter most first, while there are others to mend them
+    return damped, order, inverse_factor(damped[order][:, order])
+
+
+def inverse_factor(gram: Tensor) -> Tensor:
+    """The upper Cholesky factor of `H^-1`, by which errors are carried over; `H [n, n]` is positive definite."""
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
+
+
+def statistics_factor(statistics: InputStatistics, damping: float, order: Tensor | None = None) -> Tensor:
+    """`inverse_factor` of a linear's inputs, float32 `[in, in]`, with `damping` of the mean of H's diagonal added to it.
+
+    Args:
+        statistics: without a `gram` inputs count as uncorrelated, and no error is carried over.
+        order: of the columns.
+    """
+    gram = statistics.second_moment.diag() if statistics.gram is None else statistics.gram
+    gram = gram if order is None else gram[order][:, order]
+    gram = gram.to(torch.float64, copy=True)  # little damping and a few large inputs leave float32 no digits to invert with
+    gram /= gram.diagonal().mean().clamp_min(1e-30)
+    gram.diagonal().add_(damping)
+    return inverse_factor(gram).float()
 
 
 def signs_of(decision: Tensor) -> Tensor:
@@ -65,22 +95,59 @@ def _error(weight: Tensor, fit: Fit, gram: Tensor) -> float:
     return ((difference @ gram) * difference).sum().item()
 
 
-def _sweep(weight: Tensor, factor: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """What the sign of each weight is taken of. `factor`: the upper Cholesky factor of `H^-1`, columns in the order of the sweep."""
+def _by_signs(row: Tensor, column: Tensor) -> Callable[[int, Tensor], Tensor]:
+    def rounded(j: int, value: Tensor) -> Tensor:
+        scale = row * column[j]
+        return torch.where(value >= 0, scale, -scale)
+
+    return rounded
+
+
+def sweep(
+    weight: Tensor,
+    factor: Tensor,
+    rounded: Callable[[int, Tensor], Tensor],
+    panel: int = PANEL,
+    begin: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """What each weight is rounded from, errors carried over included; columns in the order of the sweep.
+
+    Args:
+        weight: float32 `[out, in]`.
+        factor: the upper Cholesky factor of `H^-1` (`inverse_factor`).
+        rounded: what column j becomes, `[out]`, of its values by then, `[out]`.
+        panel: columns whose updates are applied to the rest at once.
+        begin: called before each panel, with the number of its first column and `[out, panel]`, its values by then.
+    """
     weight = weight.clone()
     width = weight.shape[1]
-    for start in range(0, width, PANEL):
-        end = min(width, start + PANEL)
-        panel, local = weight[:, start:end], factor[start:end, start:end]
-        errors = torch.empty_like(panel)
+    for start in range(0, width, panel):
+        end = min(width, start + panel)
+        values, local = weight[:, start:end], factor[start:end, start:end]
+        if begin is not None:
+            begin(start, values)
+        errors = torch.empty_like(values)
         for j in range(end - start):
-            value = panel[:, j]
-            scale = row * column[start + j]
-            error = (value - torch.where(value >= 0, scale, -scale)) / local[j, j]
+            value = values[:, j]
+            error = (value - rounded(start + j, value)) / local[j, j]
             errors[:, j] = error
-            panel[:, j + 1 :].addr_(error, local[j, j + 1 :], alpha=-1)
+            values[:, j + 1 :].addr_(error, local[j, j + 1 :], alpha=-1)
         weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
     return weight
+
+
+def carry_over(weight: Tensor, factor: Tensor, start: int, error: Tensor) -> None:
+    """A sweep's step for columns that are rounded at once: those behind them make good, in place, what they lost together.
+
+    Args:
+        weight: float32 `[out, in]`.
+        factor: of `inverse_factor`.
+        start: the first of the columns.
+        error: their values by then less what they become, `[out, n]`.
+    """
+    end = start + error.shape[1]
+    errors = torch.linalg.solve_triangular(factor[start:end, start:end], error, upper=True, left=False)
+    weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
 
 
 def _refit(weight: Tensor, gram: Tensor, decision: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,3 +30,5 @@ class OneBitConfig(BinaryMoSConfig):
         super().__post_init__()
         if self.num_experts != 1:
             raise BimosError(f"num_experts={self.num_experts}: onebit has one; with more it is binarymos")
+        if self.planes != 1:
+            raise BimosError(f"planes={self.planes}: onebit has one; with two it is binarymos")

@@ -31,9 +31,11 @@ from bimos.kernels.reference import unpack_signs
 from bimos.packing.checkpoint import check_output, save_packed, written_aside
 from bimos.packing.embedding import Int8Embedding, Int8Head
 from bimos.packing.format import pack_signs
+from bimos.packing.groups import by_input, product_form
 from bimos.packing.hf import describe, load_dense_config, pack_model, skeleton
 from bimos.packing.integrity import is_packed, read_config
 from bimos.packing.linear import PackedLinear
+from bimos.packing.salient import salient_columns, sparse_weight
 
 _AUTHORS = {"in_channel_scale": "scale_in", "out_channel_scale": "scale_out", "gate_linear.weight": "router"}
 
@@ -152,19 +154,25 @@ def unpack(
 
 
 def _dense_weight(linear: PackedLinear) -> Tensor:
-    """`sum_p diag(s_out_p) B_p diag(s_in_p)`, float32 `[out, in]`; experts averaged."""
-    total = torch.zeros(linear.out_features, linear.in_features)
+    """`sum_p diag(s_out_p) B_p diag(s_in_p)`, or the weight by groups, float32 `[out, in]`; experts averaged."""
+    tensors = linear.tensors()
+    scale, offset = product_form(tensors)
+    salient, sparse = salient_columns(tensors), sparse_weight(tensors)
+    size = linear.group_size or linear.in_features
+    total = torch.zeros(linear.out_features, linear.in_features) if offset is None else by_input(offset, size, linear.in_features)
     for plane in range(linear.weight.shape[0]):
         signs = unpack_signs(linear.weight[plane])
-        if linear.scale_group is not None:
-            groups = linear.scale_group[plane].float()
-            signs = (signs.unflatten(-1, (groups.shape[1], -1)) * groups[..., None]).flatten(-2)
+        if scale is not None:
+            scales = by_input(scale[plane].float(), size, linear.in_features)
+            if salient is not None:
+                scales = torch.where(salient, by_input(tensors["scale_salient"][plane].float(), size, linear.in_features), scales)
+            signs = signs * scales
         if linear.scale_in is not None:
             signs = signs * linear.scale_in[plane].float().mean(0)
         if linear.scale_out is not None:
             signs = signs * linear.scale_out[plane].float().mean(0)[:, None]
         total += signs
-    return total
+    return total if sparse is None else total + sparse
 
 
 def _materialise(source: str | Path, config: PretrainedConfig, tensors: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:

@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bimos.errors import BimosError
 from bimos.packing.embedding import quantize_embeddings
-from bimos.packing.integrity import FORMAT_VERSION, METADATA_KEY, checksums, read_headers, verify_files
+from bimos.packing.integrity import METADATA_KEY, checksums, read_headers, verify_files
 from bimos.packing.layout import Layout, check_description, common_layout, compare, layout_of
 from bimos.packing.linear import PackedLinear
 
@@ -30,10 +30,10 @@ class BimosConfig(QuantizationConfigMixin):
     """The `quantization_config` of a packed checkpoint.
 
     Attributes:
-        format_version: of the checkpoint; newer ones are refused.
+        format_version: the lowest that has what the checkpoint has; newer ones than this version knows are refused.
         method: name of the binarization method, for people and reports: loading does not depend on it.
         options: of the method.
-        planes, experts, group_size, tensors: the layout that most linears share (`bimos.packing.layout.Layout`).
+        planes, experts, group_size, tensors: the layout that most linears share (`bimos.packing.layout.Layout`); so is `sparse`, if there.
         modules: layouts of linears that differ from it, by name.
         modules_to_not_convert: names of the linears that are not packed.
         embedding_bits: 8 or 16.
@@ -42,7 +42,7 @@ class BimosConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        format_version: int = FORMAT_VERSION,
+        format_version: int = 1,
         method: str = "",
         options: dict[str, Any] | None = None,
         planes: int = 1,
@@ -134,7 +134,7 @@ def install_packed_modules(model: Any, config: BimosConfig, headers: dict[str, t
             shapes = layout.shapes(linear.in_features, linear.out_features)
             if headers is not None:
                 compare(prefix + name, shapes, headers)
-            model.set_submodule(name, PackedLinear.empty(shapes))
+            model.set_submodule(name, PackedLinear.empty(shapes, layout.group_size))
         replaced = [name for name, _ in linears]
         if config.embedding_bits == 8:
             replaced += quantize_embeddings(model)
@@ -191,11 +191,13 @@ def load_dense_config(directory: str | Path) -> PretrainedConfig:
 def describe(model: PreTrainedModel, *, method: str, options: dict[str, Any], embedding_bits: int) -> BimosConfig:
     """The config of a model whose linears are packed already."""
     dense = {name: m for name, m in skeleton(model.config).named_modules() if isinstance(m, nn.Linear)}
-    layouts = {name: Layout.of(m.tensors()) for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    packed = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    layouts = {name: Layout.of(m.tensors(), m.group_size) for name, m in packed.items()}
     if not layouts:
         raise BimosError(f"{type(model).__name__} has no packed linears; binarize it first")
     common, others = common_layout(layouts, {name for name, m in dense.items() if m.bias is not None})
     return BimosConfig(
+        format_version=max(m.format_version for m in packed.values()),
         method=method,
         options=dict(options),
         **common.to_dict(),
@@ -233,7 +235,7 @@ def pack_model(
     trained = [(name, m) for name, m in model.named_modules() if callable(getattr(m, "pack", None)) and not isinstance(m, PackedLinear)]
     for name, module in trained:
         try:
-            packed = PackedLinear.from_tensors(module.pack())
+            packed = PackedLinear.from_tensors(module.pack(), getattr(module, "group_size", None))
         except BimosError as error:
             raise BimosError(f"cannot pack '{name}': {error}") from None
         model.set_submodule(name, packed)

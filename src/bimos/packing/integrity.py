@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bimos.errors import BimosError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 has neither offsets of groups nor a last group that is shorter; a checkpoint without them still says 1
 METADATA_KEY = "bimos.crc32"
 DTYPES = {  # names that safetensors headers use; it stores tensors from the last of these to the first
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16", torch.bfloat16: "BF16",

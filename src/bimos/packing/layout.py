@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from bimos.errors import BimosError
+from bimos.packing.groups import GROUPED, SCALES, count_groups
 from bimos.packing.integrity import DTYPES, check_format_version
+from bimos.packing.salient import SALIENT, SPARSE
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -27,7 +29,8 @@ class Layout:
     Attributes:
         planes: sign planes.
         experts: rows of `scale_in` and `scale_out`.
-        group_size: inputs that share a scale of `scale_group`; None without one.
+        group_size: inputs of a group, of which the last of a row may have fewer; None without groups.
+        sparse: of 10,000 weights, how many have a code of the sparse part (rounded down for a layer); None without one.
         tensors: dtypes by name, of all but `weight`, in the order of the names.
     """
 
@@ -35,15 +38,21 @@ class Layout:
     experts: int
     group_size: int | None
     tensors: tuple[tuple[str, str], ...]
+    sparse: int | None = None
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """The layout of a packed linear with these tensors."""
+    def of(cls, tensors: Mapping[str, Tensor], group_size: int | None = None) -> Self:
+        """The layout of a packed linear with these tensors; `group_size` where the last group is shorter than the others."""
         planes, _, in_bytes = tensors["weight"].shape
         experts = next((tensors[name].shape[1] for name in ("scale_in", "scale_out") if name in tensors), 1)
-        group_size = 8 * in_bytes // tensors["scale_group"].shape[2] if "scale_group" in tensors else None
+        groups = next((tensors[name].shape[-1] for name in SCALES if name in tensors), None)
+        group_size = group_size if groups is None or group_size is not None else 8 * in_bytes // groups
         dtypes = tuple(sorted((name, str(t.dtype).removeprefix("torch.")) for name, t in tensors.items() if name != "weight"))
-        return cls(planes, experts, group_size, dtypes)
+        sparse = None
+        if "sparse_code" in tensors:
+            weights = 8 * in_bytes * tensors["weight"].shape[1]
+            sparse = -(-10_000 * len(tensors["sparse_code"]) // weights)  # in layers of 10,000 weights or more there is one such number
+        return cls(planes, experts, group_size, dtypes, sparse)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -51,30 +60,46 @@ class Layout:
         try:
             tensors = tuple(sorted((str(k), str(v)) for k, v in values["tensors"].items()))
             for name, dtype in tensors:
-                if name not in ("scale_in", "scale_out", "router", "scale_group", "bias") or not isinstance(
-                    getattr(torch, dtype), torch.dtype
-                ):
+                known = ("scale_in", "scale_out", "router", *GROUPED, *SALIENT, *SPARSE, "bias")
+                if name not in known or not isinstance(getattr(torch, dtype), torch.dtype):
                     raise ValueError(name)
             group_size = values["group_size"]
-            return cls(_count(values["planes"]), _count(values["experts"]), None if group_size is None else _count(group_size), tensors)
+            if group_size is None and not {name for name, _ in tensors}.isdisjoint(GROUPED):
+                raise ValueError("groups without group_size")
+            if "sparse_code" not in dict(tensors):
+                sparse = None
+            elif isinstance(sparse := values["sparse"], bool) or not isinstance(sparse, int) or not 0 <= sparse <= 10_000:
+                raise ValueError(sparse)
+            group_size = None if group_size is None else _count(group_size)
+            return cls(_count(values["planes"]), _count(values["experts"]), group_size, tensors, sparse)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BimosError(
                 f"config.json does not describe packed linears that this version knows ({error}); get the checkpoint again"
             ) from None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"planes": self.planes, "experts": self.experts, "group_size": self.group_size, "tensors": dict(self.tensors)}
+        values = {"planes": self.planes, "experts": self.experts, "group_size": self.group_size, "tensors": dict(self.tensors)}
+        return values if self.sparse is None else values | {"sparse": self.sparse}
 
     def without_bias(self) -> Self:
         return dataclasses.replace(self, tensors=tuple(item for item in self.tensors if item[0] != "bias"))
 
     def shapes(self, in_features: int, out_features: int) -> Shapes:
         """Shapes and dtypes of the tensors of a linear of this size."""
+        groups = count_groups(in_features, self.group_size or in_features)
         shapes: dict[str, tuple[int, ...]] = {
             "scale_in": (self.planes, self.experts, in_features),
             "scale_out": (self.planes, self.experts, out_features),
             "router": (self.experts, in_features),
-            "scale_group": (self.planes, out_features, in_features // (self.group_size or in_features)),
+            "scale_group": (self.planes, out_features, groups),
+            "scale_group_01": (self.planes, out_features, groups),
+            "scale_group_int": (out_features, groups),
+            "offset_group": (out_features, groups),
+            "salient": (in_features // 8,),
+            "scale_salient": (self.planes, out_features, groups),
+            "sparse_mask": (out_features, in_features // 8),
+            "sparse_code": (in_features * out_features * (self.sparse or 0) // 10_000,),
+            "sparse_scale": (out_features,),
             "bias": (out_features,),
         }
         layout: Shapes = {"weight": ((self.planes, out_features, in_features // 8), torch.uint8)}

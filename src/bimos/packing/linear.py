@@ -2,7 +2,9 @@
 
     y = sum_p  s_out_p(x) * (B_p @ (s_in_p(x) * x))  +  bias
 
-Methods differ only in which tensors a layer stores (DESIGN, sections 2 and 6); the kernels take any subset.
+Methods differ only in which tensors a layer stores (DESIGN, sections 2 and 6); the kernels take any subset. What has scales by group may
+have offsets, too (`bimos.packing.groups`), and some of the weights can have more than the planes (`bimos.packing.salient`): both are
+added here, in float32.
 """
 
 from __future__ import annotations
@@ -11,12 +13,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimos.errors import BimosError
 from bimos.kernels import native, packed_linear
+from bimos.packing.groups import GROUPED, check_groups, group_sums, product_form
+from bimos.packing.salient import SALIENT, SPARSE, Parts, check_salient, make_parts, parts_product
 
 ACTIVATIONS = ("exact", "int8")
+
+_Form = tuple[Tensor | None, Tensor | None, Tensor | None, Parts | None]
 
 
 class PackedLinear(nn.Module):
@@ -30,66 +37,122 @@ class PackedLinear(nn.Module):
         scale_in: `[planes, e, in]` or None.
         scale_out: `[planes, e, out]` or None.
         router: `[e, in]`, or None where e = 1.
-        scale_group: `[planes, out, in/g]` or None.
+        scale_group, scale_group_01, scale_group_int, offset_group: see `bimos.packing.groups`; or None.
+        salient, scale_salient, sparse_mask, sparse_code, sparse_scale: see `bimos.packing.salient`; or None.
         bias: `[out]` or None.
+        group_size: inputs of a group, of which the last of a row may have fewer; None without groups.
         int8: whether kernels may round sums of four inputs to 8 bits (`bimos.kernels.packed_linear`); not stored.
     """
 
-    NAMES = ("weight", "scale_in", "scale_out", "router", "scale_group", "bias")
+    NAMES = ("weight", "scale_in", "scale_out", "router", *GROUPED, *SALIENT, *SPARSE, "bias")
 
     weight: Tensor
     scale_in: Tensor | None
     scale_out: Tensor | None
     router: Tensor | None
     scale_group: Tensor | None
+    scale_group_01: Tensor | None
+    scale_group_int: Tensor | None
+    offset_group: Tensor | None
+    salient: Tensor | None
+    scale_salient: Tensor | None
+    sparse_mask: Tensor | None
+    sparse_code: Tensor | None
+    sparse_scale: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raises BimosError when the tensors do not fit together."""
+    def __init__(self, tensors: Mapping[str, Tensor], group_size: int | None = None) -> None:
+        """Args: `group_size` is needed where the last group is shorter than the others.
+
+        Raises:
+            BimosError: the tensors do not fit together.
+        """
         super().__init__()
         _check(tensors)
+        check_salient(tensors)
+        self.group_size = check_groups(tensors, group_size)
         for name in self.NAMES:
             tensor = tensors.get(name)
             self.register_buffer(name, None if tensor is None else tensor.detach().contiguous())
         self.out_features = self.weight.shape[1]
         self.in_features = 8 * self.weight.shape[2]
         self.int8 = False
-        self._tiles: tuple[Any, Tensor | None] = (None, None)  # what they were made of, and the tiles
+        # What it was made of; scales of the signs, offsets, tiles for the product, and parts besides.
+        self._form: tuple[Any, _Form] = (None, (None, None, None, None))
+        self._beside = [name for name in (*SALIENT, *SPARSE) if name in tensors]
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """The layer that holds these tensors (not copies), as a trainable layer's `pack()` gives them."""
-        return cls(tensors)
+    def from_tensors(cls, tensors: Mapping[str, Tensor], group_size: int | None = None) -> Self:
+        """The layer that holds these tensors (not copies), as a trainable layer's `pack()` and `group_size` give them."""
+        return cls(tensors, group_size)
 
     @classmethod
-    def empty(cls, layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device | str = "meta") -> Self:
+    def empty(
+        cls,
+        layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        group_size: int | None = None,
+        device: torch.device | str = "meta",
+    ) -> Self:
         """A layer of this layout with uninitialised tensors, to load a checkpoint into."""
-        return cls({name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in layout.items()})
+        return cls({name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in layout.items()}, group_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        tiles = None if torch.compiler.is_compiling() else self.tiles()
         # Not by attribute: a module looks for those three times before it finds a buffer, at a third of the cost of a small product.
-        tensors: Any = [self._buffers[name] for name in self.NAMES]
-        return packed_linear(x, *tensors, tiles=tiles, int8=self.int8)  # type: ignore[misc]
+        buffers: Any = self._buffers
+        planes, bias, size = buffers["weight"], buffers["bias"], self.group_size or 0
+        scales = buffers["scale_in"], buffers["scale_out"], buffers["router"]
+        group, offset, tiles, parts = self._make_form(False) if torch.compiler.is_compiling() else self._product_form()
+        if offset is None and parts is None:
+            return packed_linear(x, planes, *scales, group, bias, tiles, self.int8, size)
+        # Terms may be larger than their sum: it is rounded, they are not.
+        wide = x if x.dtype == torch.float64 else x.float()
+        rest = wide if parts is None or parts.rest is None else wide * parts.rest
+        y = packed_linear(rest, planes, *scales, group, bias, tiles, self.int8, size)
+        if offset is not None:
+            y = y + F.linear(group_sums(wide, size), offset.to(wide.dtype))
+        if parts is not None:
+            y = y + parts_product(wide, planes, parts, self.int8, size)
+        return y.to(x.dtype)
 
     def tiles(self) -> Tensor | None:
         """The planes in the order in which this CPU's kernels read them, made at the first call; None where nothing reads them so.
 
-        Made anew when a plane was replaced or written to. Tensors made in inference mode do not tell who writes to them: of those,
-        only `load_state_dict` is noticed.
+        Made anew when a plane or a scale was replaced or written to. Tensors made in inference mode do not tell who writes to them: of
+        those, only `load_state_dict` is noticed.
         """
-        weight: Any = self._buffers["weight"]
-        group = self._buffers["scale_group"]
-        if weight.device.type != "cpu" or native.isa() is None:
-            return None
-        source = (native.isa(), weight.data_ptr(), _version(weight), None if group is None else (group.data_ptr(), _version(group)))
-        if self._tiles[0] != source:
-            self._tiles = (source, native.tile(weight, group))
-        return self._tiles[1]
+        return self._product_form()[2]
+
+    def _product_form(self) -> _Form:
+        buffers: Any = self._buffers
+        weight = buffers["weight"]
+        source = [native.isa(), weight.data_ptr(), _version(weight)]
+        if self.group_size is not None:
+            source += [(t.data_ptr(), _version(t)) for name in GROUPED if (t := buffers[name]) is not None]
+        source += [(buffers[name].data_ptr(), _version(buffers[name])) for name in self._beside]
+        if self._form[0] != source:
+            self._form = source, self._make_form(weight.device.type == "cpu" and native.isa() is not None)
+        return self._form[1]
+
+    def _make_form(self, is_tiled: bool) -> _Form:
+        buffers: Any = self._buffers
+        size = self.group_size or 0
+        group, offset = product_form(buffers)
+        tiles = native.tile(buffers["weight"], group, size) if is_tiled else None
+        return group, offset, tiles, make_parts(buffers, size, is_tiled) if self._beside else None
+
+    @property
+    def format_version(self) -> int:
+        """The first version of the format that has layers like this."""
+        is_short = self.group_size is not None and self.in_features % self.group_size
+        return 2 if is_short or self._beside or any(self._buffers[name] is not None for name in GROUPED[1:]) else 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies make their own: nothing is lost, and torch cannot copy a sparse matrix.
+        return self.__dict__ | {"_form": (None, (None, None, None, None))}
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._tiles = (None, None)
+        self._form = (None, (None, None, None, None))
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by name."""
@@ -155,8 +218,3 @@ def _check(tensors: Mapping[str, Tensor]) -> None:
         tensor = tensors.get(name)
         if tensor is not None and tuple(tensor.shape) != shape:
             raise BimosError(f"'{name}' of a packed linear {list(weight.shape)} must have shape {list(shape)}; got {list(tensor.shape)}")
-    group = tensors.get("scale_group")
-    if group is not None and (
-        group.ndim != 3 or group.shape[:2] != weight.shape[:2] or group.shape[2] == 0 or in_features % group.shape[2]
-    ):
-        raise BimosError(f"'scale_group' of a packed linear {list(weight.shape)} must be [planes, out, in/g]; got {list(group.shape)}")

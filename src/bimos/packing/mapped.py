@@ -113,9 +113,10 @@ class _Reader:
         full = f"{prefix}.{name}"
         if full in self.kept:
             return None
-        shapes = layout_of(self.description, full, self.config.has_bias(name)).shapes(n_in, n_out)
+        layout = layout_of(self.description, full, self.config.has_bias(name))
+        shapes = layout.shapes(n_in, n_out)
         compare(full, shapes, self.headers)
-        return PackedLinear.from_tensors({key: self.tensors[f"{full}.{key}"] for key in shapes})
+        return PackedLinear.from_tensors({key: self.tensors[f"{full}.{key}"] for key in shapes}, layout.group_size)
 
     def norm(self, name: str, size: int) -> Any:
         return SimpleNamespace(weight=self._floats(f"{name}.weight", (size,)))

@@ -1,7 +1,7 @@
 """Where the bytes of a model are: in a directory, in memory, or planned from a config alone.
 
 Total is what the weight files hold, headers included. Two figures always go together (DESIGN, section 1): body bits per
-weight count planes, scales, routers and group scales against the weights of the converted linears (their biases are
+weight count planes, scales, routers, group scales, bitmaps and codes against the weights of the converted linears (their biases are
 not weights and count for the whole only); bits per parameter count the whole files against the original's parameters.
 """
 
@@ -24,6 +24,10 @@ from bimos.packing.integrity import DTYPES, METADATA_KEY, read_config, read_head
 LayoutOf = Callable[[int, int, bool], Mapping[str, tuple[tuple[int, ...], torch.dtype]]]
 Stored = dict[str, tuple[tuple[int, ...], str]]  # shape and safetensors dtype, by name
 
+BODY = ("planes", "scales", "routers", "bitmaps", "codes")  # components that count for the bits of a body weight
+_COMPONENTS = {
+    "weight": "planes", "router": "routers", "bias": "biases", "salient": "bitmaps", "sparse_mask": "bitmaps", "sparse_code": "codes",
+}  # fmt: skip
 _ITEMSIZE = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 
 
@@ -105,7 +109,7 @@ def _report(stored: Stored, dense: PreTrainedModel, total: int) -> dict[str, Any
     for name, entry in stored.items():
         module, _, leaf = name.rpartition(".")
         if module in planes:
-            component = {"weight": "planes", "router": "routers", "bias": "biases"}.get(leaf, "scales")
+            component = _COMPONENTS.get(leaf, "scales")
         elif module in tables:
             component = "embedding" if module == tables[0] else "head"
         elif issubclass(kinds.get(module, nn.Module), nn.Linear):
@@ -116,7 +120,7 @@ def _report(stored: Stored, dense: PreTrainedModel, total: int) -> dict[str, Any
     rows: list[dict[str, Any]] = [{"name": name, "tensors": len(entries), "bytes": _bytes(entries)} for name, entries in components.items()]
     rows.sort(key=lambda row: -row["bytes"])
     rows.append({"name": "file headers", "tensors": 0, "bytes": total - sum(row["bytes"] for row in rows)})
-    body_bytes = sum(_bytes(components.get(name, [])) for name in ("planes", "scales", "routers"))
+    body_bytes = sum(_bytes(components.get(name, [])) for name in BODY)
     body_weights = sum(8 * shape[1] * shape[2] for shape in planes.values())
     parameters = sum(p.numel() for name, p in dense.named_parameters() if name not in dense.all_tied_weights_keys)
     return {

@@ -19,10 +19,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from bimos.config import RunConfig
+from bimos.config import RunConfig, decided
 from bimos.errors import BimosError
 from bimos.lanes import LANES, Lanes
-from bimos.methods.base import MethodConfig
+from bimos.methods.base import MethodConfig, TrainableLinear
 from bimos.methods.ste import SharedSigns
 from bimos.models import convertible_linears, decoder_blocks
 from bimos.training.budget import Budget, schedule
@@ -30,7 +30,7 @@ from bimos.training.fused import fused
 from bimos.training.initialise import initialise_block
 from bimos.training.losses import relative_error
 from bimos.training.memory import peak_bytes, reset_peak
-from bimos.training.optimizer import build_optimizer, set_rate, trained_parameters
+from bimos.training.optimizer import build_optimizer, set_rate, signed_latents
 from bimos.training.progress import Progress
 from bimos.training.streams import BlockCall, advance, batches, capture, embed
 from bimos.training.student import load_tensors, load_trained, replace_empty, save_tensors, trainable_layers
@@ -121,8 +121,8 @@ def _each_block(
                     entry["next_sequences"] = float(min(len(stream), 2 * affordable))
                 elif needed > each and (index == 1 or worked + entry["seconds"] + needed * (len(blocks) - index - 1) > LATE * seconds):
                     entry["next_sequences"] = float(affordable if index == 1 else max(size, (len(stream) // 2) // size * size))
-            trained = {name: tensor for name, tensor in trainable.state_dict().items() if _is_trained(trainable, name)}
-            save_tensors(trained, path, {key: repr(value) for key, value in entry.items()})
+            own = {name: tensor for name, tensor in trainable.state_dict().items() if _is_own(trainable, name)}
+            save_tensors(own, path, {key: repr(value) for key, value in entry.items()})
         kept = int(entry["next_sequences"])
         stream, student_stream = stream[:kept], student_stream[:kept]
         worked += entry["seconds"]
@@ -163,9 +163,11 @@ def _affordable(seconds: float, solving: float, reading: float, count: int, size
     return max(size, min(count, affordable - affordable % size))
 
 
-def _is_trained(block: nn.Module, name: str) -> bool:
+def _is_own(block: nn.Module, name: str) -> bool:
+    """Whether a tensor is the student's own: all of a trainable layer, and norms that training has taken to float32."""
     parameter = dict(block.named_parameters()).get(name)
-    return parameter is not None and parameter.dtype == torch.float32
+    is_trained = parameter is not None and parameter.dtype == torch.float32
+    return is_trained or isinstance(block.get_submodule(name.rpartition(".")[0]), TrainableLinear)
 
 
 def _reconstruct(
@@ -187,9 +189,11 @@ def _reconstruct(
         call: with the rows of one lane.
     """
     options, length = config.blocks, inputs.shape[1]
+    layers = [layer for _, layer in trainable_layers(block)]
+    trains = bool(layers) and decided(options.enabled, layers[0].config.trained)
     size = min(options.batch_size, len(inputs))
     rows_of_lane = size // lanes.count
-    if not options.enabled or not any(True for _ in trainable_layers(block)):
+    if not trains:
         error = _error(block, call, inputs, targets, rows_of_lane)
         return {"loss_first": error, "loss_last": error, "tokens": 0.0}
     optimizer = build_optimizer(
@@ -201,7 +205,7 @@ def _reconstruct(
     budget.start()
     losses: list[float] = []
     is_bfloat16 = inputs.dtype == torch.bfloat16
-    signs = SharedSigns(trained_parameters(block)["latent"], torch.bfloat16 if is_bfloat16 else torch.float32)
+    signs = SharedSigns(signed_latents(block), torch.bfloat16 if is_bfloat16 else torch.float32)
 
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=is_bfloat16):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from bimos.config import RunConfig
 from bimos.lanes import LANES
+from bimos.methods import MethodConfig, method_config
 from bimos.models import convertible_linears, decoder_blocks
 from bimos.training.losses import CHUNK_BYTES
 
@@ -30,7 +32,9 @@ def peak_memory(model: nn.Module, config: RunConfig) -> dict[str, int]:
     linears = convertible_linears(model, config.skip)
     _, blocks = decoder_blocks(model)
     weights = 2 * sum(p.numel() for p in model.parameters())
-    latent = sum(m.weight.numel() for m in linears.values())
+    method = method_config(config.method, config.options)
+    config = config.settled(method.trained)
+    latent = sum(_latents(method, m) for m in linears.values())
     whole: Any = model.config
     settings = whole.get_text_config()
     hidden = settings.hidden_size
@@ -52,3 +56,10 @@ def peak_memory(model: nn.Module, config: RunConfig) -> dict[str, int]:
         states = 2 * 2 * hidden * len(blocks) * step if config.distill.hidden_weight or config.distill.relative_weight else 0
         stages["distill"] = RUNTIME + weights + state * latent + kept * step + states + 6 * LANES * CHUNK_BYTES
     return stages
+
+
+def _latents(method: MethodConfig, linear: nn.Linear) -> int:
+    """How many a layer of this size trains."""
+    with torch.device("meta"):
+        layer = method.layer(linear.in_features, linear.out_features, False, method)
+    return sum(latent.numel() for latent in layer.roles()["latent"])

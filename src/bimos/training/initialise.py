@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bimos.config import InitialiseConfig
+from bimos.config import InitialiseConfig, decided
 from bimos.methods.base import InputStatistics, MethodConfig
 from bimos.training.streams import BlockCall, Stop, batches
 from bimos.training.student import binarize
@@ -58,6 +58,7 @@ def initialise_block(
         binarize(student, names, method, {}, generator)
         return time.monotonic() - start
     reading = 0.0
+    refit = decided(config.refit, method.trained)
     rows = max(size, config.sequences - config.sequences % size)
     short = (streams[0][:rows], streams[1][:rows])
     groups = execution_groups(teacher, names, call, short[0][:size])
@@ -65,9 +66,9 @@ def initialise_block(
     for group in groups:
         measured = _Measurement(teacher, student, group, list(writers), call)
         before = time.monotonic()
-        measured.run(*short, size, answers=config.refit)
+        measured.run(*short, size, answers=refit)
         reading += time.monotonic() - before
-        if config.refit:
+        if refit:
             for name in group.names:
                 measured.refit(name)
         statistics = measured.statistics()

@@ -20,6 +20,12 @@ def trained_parameters(model: nn.Module, norms: bool = False) -> dict[str, list[
     return groups
 
 
+def signed_latents(model: nn.Module) -> list[nn.Parameter]:
+    """Latents of the layers that take their signs from `sign_ste`."""
+    layers = [module for module in model.modules() if isinstance(module, TrainableLinear) and module.uses_signs]
+    return [latent for layer in layers for latent in layer.roles()["latent"]]
+
+
 def build_optimizer(model: nn.Module, rates: dict[str, float], betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
     """AdamW on the roles that `rates` names; every other parameter stops requiring gradients. Norms are taken to float32."""
     groups = trained_parameters(model, norms="norm" in rates)

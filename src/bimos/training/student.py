@@ -59,12 +59,12 @@ def replace_empty(module: nn.Module, names: list[str], config: MethodConfig) -> 
 
 
 def load_trained(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put saved parameters into `module`, in the dtype in which they were saved.
+    """Put saved parameters and buffers into `module`, in the dtype in which they were saved.
 
     Raises:
         BimosError: a name or shape that the module does not have.
     """
-    parameters = dict(module.named_parameters())
+    parameters = dict(module.named_parameters()) | dict(module.named_buffers())
     for name, tensor in tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise BimosError(f"the work saved does not fit this model ('{name}'); start anew with --overwrite")

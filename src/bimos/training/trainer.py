@@ -19,14 +19,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from bimos.config import DistillConfig
+from bimos.config import DistillConfig, LossConfig
 from bimos.errors import BimosError
 from bimos.lanes import Lanes
 from bimos.methods.ste import SharedSigns
 from bimos.training.budget import Budget, schedule
 from bimos.training.fused import fused
-from bimos.training.losses import hidden_state_loss, kl_from_hidden, kl_from_top_k, relative_error
-from bimos.training.optimizer import build_optimizer, trained_parameters
+from bimos.training.losses import Deviation, hidden_state_loss, kl_from_hidden, kl_from_top_k, relative_error
+from bimos.training.optimizer import build_optimizer, signed_latents
 from bimos.training.progress import Progress
 from bimos.training.student import load_tensors, load_trained, save_tensors
 from bimos.training.teacher import TopKCache, hidden_states, logit_head
@@ -65,8 +65,11 @@ class NumberedWindows(Dataset):
 class Distillation(nn.Module):
     """Student and loss in one module, so that whatever wraps a model (DDP, FSDP) wraps the whole computation."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None, config: DistillConfig, cache: TopKCache | None) -> None:
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module | None, config: DistillConfig, cache: TopKCache | None, loss: LossConfig | None = None
+    ) -> None:
         super().__init__()
+        self._deviation = Deviation(loss.dad_gamma, loss.dad_lambda) if loss is not None and loss.dad else None
         self.student = student
         self._teacher = (teacher,)  # in a tuple: not a submodule, neither trained nor saved
         self._config, self._cache = config, cache
@@ -97,10 +100,11 @@ class Distillation(nn.Module):
             if found is not None:
                 pairs = [entry for entry in found if entry is not None]
                 top, index = (torch.stack(parts).to(mine.device) for parts in zip(*pairs, strict=True))
-                loss = kl_from_top_k(mine, top, index, student_head, vocabulary)
+                loss = kl_from_top_k(mine, top, index, student_head, vocabulary, self._deviation)
             else:
                 assert teacher is not None and last is not None
-                loss = kl_from_hidden(mine, last, student_head, logit_head(teacher), vocabulary, config.temperature)
+                heads = student_head, logit_head(teacher)
+                loss = kl_from_hidden(mine, last, *heads, vocabulary, config.temperature, self._deviation)
             if config.relative_weight:
                 errors = [relative_error(state, target) for state, target in zip(student_states, states, strict=True)]
                 loss = loss + config.relative_weight * torch.stack(errors).mean()
@@ -148,7 +152,7 @@ class DistillTrainer(Trainer):
         self._clock, self._lanes = clock, lanes
         self._signs: AbstractContextManager[Any] = nullcontext()
         if lanes.count > 1:
-            latents = trained_parameters(model.student)["latent"]
+            latents = signed_latents(model.student)
             signed = {id(latent) for latent in latents}
             self._others = [p for p in model.parameters() if p.requires_grad and id(p) not in signed]
             self._signs = SharedSigns(latents, torch.bfloat16 if _is_bfloat16(model.student) else torch.float32)
@@ -235,6 +239,7 @@ def distill(
     progress: Progress,
     cache: TopKCache | None = None,
     seed: int = 0,
+    loss: LossConfig | None = None,
 ) -> dict[str, Any]:
     """Train the student in place until the budget is used; continues from the newest complete checkpoint in `directory`.
 
@@ -273,7 +278,7 @@ def distill(
     trainer = DistillTrainer(
         clock,
         lanes,
-        Distillation(student, teacher, config, cache),
+        Distillation(student, teacher, config, cache, loss),
         arguments,
         train_dataset=dataset,
         optimizers=(optimizer, scheduler),

@@ -1,0 +1,178 @@
+"""Two planes of zeros and ones that fit a linear: the levels 0, a2, a1 + a2 and a1 of every group of a row.
+
+    minimise  sum_i (w_i - q_i) H (w_i - q_i)^T      q = a1 b1 + a2 b2,  H = E[x x^T] or its diagonal
+
+First the lattice (-s, 0, s, 2s) of every group, either way round: s searched for the least error, then refit by least squares. Then both
+scales of a group go free, again by least squares and in turns with the bits. Where H is known, bits are swept column by column and make
+good each other's errors (`bimos.methods.compensation`), and all scales of a row are refit together.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bimos.methods.compensation import prepared, sweep
+from bimos.packing.groups import by_input, count_groups
+
+SHARES = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.85)  # of a group's largest weight, that s is looked for among
+REFITS = 6  # of s, to the levels that the weights have taken
+MARGIN = 0.02  # of a step, by which a latent is inside its cell
+ROWS = 512  # whose normal equations are held at a time
+
+
+class DualFit(NamedTuple):
+    """Scales a1 and a2 `[2, out, groups]`; `decision [out, in]` is what each pair of bits was taken of."""
+
+    scale: Tensor
+    decision: Tensor
+
+
+def dual_bits(weight: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Both bits of weights, bool; scales broadcast.
+
+    The paper's rule, b1 = [w - (a1 + a2)/2 >= 0] and b2 = [-(w - a1 b1 - a2/2) >= 0], is that of a1 > 0 > a2. Turned round with
+    the signs of the scales, it finds the nearest level wherever they have different ones and |a1| > |a2|.
+    """
+    one = (weight - (first + second) / 2) * first >= 0
+    return one, (weight - first * one - second / 2) * second >= 0
+
+
+def dual_fit(weight: Tensor, second_moment: Tensor, gram: Tensor | None, group_size: int, rounds: int, iterations: int) -> DualFit:
+    """The best fit found.
+
+    Args:
+        weight: float32 `[out, in]`.
+        second_moment: `E[x_j^2]`, float32 `[in]`.
+        gram: `E[x x^T]`, float32 `[in, in]`, or None.
+        rounds: sweeps with error compensation, where there is a `gram`.
+        iterations: of bits and free scales in turns; 0 leaves a1 = 2 s and a2 = -s.
+    """
+    scale = _free(weight, second_moment, _lattice(weight, second_moment, group_size), group_size, iterations)
+    best = DualFit(scale, weight)
+    if gram is None or rounds == 0:
+        return best
+    gram = gram / gram.diagonal().mean().clamp_min(1e-30)
+    least = _error(weight, best, gram, group_size)
+    damped, order, factor = prepared(gram)
+    back, group_of = order.argsort(), order // group_size
+    for _ in range(rounds):
+        columns = scale.movedim(2, 0)  # [groups, 2, out]
+
+        def rounded(j: int, value: Tensor, columns: Tensor = columns) -> Tensor:
+            first, second = columns[group_of[j]]
+            one, two = dual_bits(value, first, second)
+            return first * one + second * two
+
+        decision = sweep(weight[:, order], factor, rounded)[:, back]
+        bits = torch.stack(dual_bits(decision, *by_input(scale, group_size, weight.shape[1]))).float()
+        scale = torch.cat(
+            [_refit(weight[rows], damped, bits[:, rows], scale[:, rows], group_size) for rows in torch.arange(len(weight)).split(ROWS)],
+            dim=1,
+        )
+        fit = DualFit(scale, into_cells(decision, bits > 0, scale, group_size))
+        error = _error(weight, fit, gram, group_size)
+        if error < least:
+            best, least = fit, error
+    return best
+
+
+def dual_weight(fit: DualFit, group_size: int) -> Tensor:
+    """`a1 b1 + a2 b2`, float32 `[out, in]`."""
+    first, second = by_input(fit.scale, group_size, fit.decision.shape[1])
+    one, two = dual_bits(fit.decision, first, second)
+    return first * one + second * two
+
+
+def into_cells(decision: Tensor, bits: Tensor, scale: Tensor, group_size: int) -> Tensor:
+    """`decision`, moved as little as it takes to lie inside the cells of these bits, bool `[2, out, in]`, and between the outer levels."""
+    first, second = by_input(scale, group_size, decision.shape[1])
+    turn = torch.where(first < 0, -1.0, 1.0)
+    a1, a2, (one, two) = first.abs(), second.abs(), bits
+    low = torch.where(one, torch.where(two, (a1 - a2) / 2, a1 - a2 / 2), torch.where(two, -a2, -a2 / 2))
+    high = torch.where(one, torch.where(two, a1 - a2 / 2, a1), torch.where(two, -a2 / 2, (a1 - a2) / 2))
+    margin = MARGIN * (a1 + a2) / 3
+    return turn * (turn * decision).clamp(low + margin, high - margin)
+
+
+def _grouped(values: Tensor, group_size: int) -> Tensor:
+    """`[..., in]` to `[..., groups, g]`, zeros where the last group has no inputs."""
+    groups = count_groups(values.shape[-1], group_size)
+    return F.pad(values, (0, groups * group_size - values.shape[-1])).unflatten(-1, (groups, group_size))
+
+
+def _lattice(weight: Tensor, second_moment: Tensor, group_size: int) -> Tensor:
+    """a1 = 2 s and a2 = -s `[2, out, groups]` with the s, of either sign, that leaves the least error."""
+    w = _grouped(weight, group_size)
+    h = _grouped((second_moment / second_moment.mean().clamp_min(1e-30)).clamp_min(1e-6), group_size)
+    largest = w.abs().amax(-1).clamp_min(1e-12)
+
+    def measured(s: Tensor) -> tuple[Tensor, Tensor]:
+        """What is left of the error where s is refit to the levels that it gives, and that s."""
+        levels = (w / s[..., None]).round_().clamp_(-1, 2)
+        weighted = h * levels
+        match, size = (weighted * w).sum(-1), (weighted * levels).sum(-1)
+        refit = torch.where(size > 0, match / size.clamp_min(1e-30), s)
+        refit = torch.where(refit.abs() < 1e-12, s, refit)
+        return -match.square() / size.clamp_min(1e-30), refit  # less the sum of h w^2, which no s changes
+
+    best, least = largest, torch.full_like(largest, torch.inf)
+    for share in SHARES:
+        for turn in (1, -1):
+            error, s = measured(largest * (turn * share))
+            best, least = torch.where(error < least, s, best), torch.minimum(error, least)
+    for _ in range(REFITS):
+        best = measured(best)[1]
+    return torch.stack([2 * best, -best])
+
+
+def _free(weight: Tensor, second_moment: Tensor, scale: Tensor, group_size: int, iterations: int) -> Tensor:
+    """Scales `[2, out, groups]` after bits and scales in turns; each group keeps what had the least error."""
+    w = _grouped(weight, group_size)
+    h = _grouped((second_moment / second_moment.mean().clamp_min(1e-30)).clamp_min(1e-6), group_size)
+    for _ in range(iterations):
+        first, second = scale[..., None]
+        one, two = (bit.float() for bit in dual_bits(w, first, second))
+        before = (h * (w - first * one - second * two).square()).sum(-1)
+        n11, n22, n12 = (h * one).sum(-1), (h * two).sum(-1), (h * one * two).sum(-1)
+        r1, r2 = (h * one * w).sum(-1), (h * two * w).sum(-1)
+        determinant = n11 * n22 - n12 * n12
+        solved = torch.stack([r1 * n22 - r2 * n12, r2 * n11 - r1 * n12]) / determinant.clamp_min(1e-12)
+        one, two = (bit.float() for bit in dual_bits(w, *solved[..., None]))
+        after = (h * (w - solved[0][..., None] * one - solved[1][..., None] * two).square()).sum(-1)
+        scale = torch.where((after < before) & (determinant > 1e-12) & _is_in_order(solved), solved, scale)
+    return scale
+
+
+def _is_in_order(scale: Tensor) -> Tensor:
+    """Whether the rule finds the nearest level with these scales, `[...]` of `[2, ...]`."""
+    return (scale[0] * scale[1] < 0) & (scale[1].abs() < 0.95 * scale[0].abs())
+
+
+def _refit(weight: Tensor, gram: Tensor, bits: Tensor, scale: Tensor, group_size: int) -> Tensor:
+    """All scales of a row by least squares for fixed bits, float32 `[2, out, in]`; where a pair comes out of order, as it was."""
+    groups = scale.shape[2]
+    normal = weight.new_empty(len(weight), 2, groups, 2, groups)
+    for group in range(groups):
+        columns = slice(group * group_size, (group + 1) * group_size)
+        product = bits[:, :, columns] @ gram[columns]  # [2, out, in]
+        for p in range(2):
+            for q in range(2):
+                normal[:, p, :, q, group] = _grouped(bits[p] * product[q], group_size).sum(-1)
+    right = _grouped(bits * (weight @ gram), group_size).sum(-1)  # [2, out, groups]
+    flat = normal.flatten(3, 4).flatten(1, 2)
+    diagonal = flat.diagonal(dim1=1, dim2=2)
+    # Held a little to the scales before: a plane that has no ones in a group would otherwise be arbitrary.
+    ridge = 0.01 * (diagonal + diagonal.mean(1, keepdim=True)).clamp_min(1e-30)
+    before = scale.movedim(1, 0).flatten(1)  # [out, 2 groups]
+    solved = torch.linalg.solve(flat + torch.diag_embed(ridge), right.movedim(1, 0).flatten(1) + ridge * before)
+    solved = solved.unflatten(1, (2, groups)).movedim(0, 1)
+    return torch.where(_is_in_order(solved), solved, scale)
+
+
+def _error(weight: Tensor, fit: DualFit, gram: Tensor, group_size: int) -> float:
+    difference = weight - dual_weight(fit, group_size)
+    return ((difference @ gram) * difference).sum().item()
