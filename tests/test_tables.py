@@ -47,7 +47,7 @@ def test_comparisons_fill_both_documents(tables: ModuleType, monkeypatch: pytest
         "perplexity": {"wikitext2": {"value": 123.25, "stderr": 1.5, "windows": 16, "context": 2048, "text": "WikiText-2"}},
         "tasks": {"boolq": {"acc": 0.5, "stderr": 0.125, "acc_norm": None, "acc_norm_stderr": None, "n": 5, "seconds": 1.0}},
         "stages": [{"name": "distill", "tokens": 4096, "seconds": 90.0, "peak_memory_bytes": 2_000_000}],
-        "speed": {"decode_tokens_per_second": 512.4, "runs_in": "engine, avx512", "why": None},
+        "speed": {"decode_tokens_per_second": 512.4, "runs_in": "engine, avx512", "why": None, "threads": 2},
         "versions": {"torch": "2.13.0"},
         "machine": {"cpu": "CPU", "cores": 2},
         "commit": "0123456789abcdef",

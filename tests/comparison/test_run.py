@@ -180,3 +180,42 @@ def test_a_failed_row_does_not_stop_the_others(compare_tiny: Compare, tmp_path: 
     kept = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [row["row"] for row in kept["rows"]] == ["fp16"]
     assert len(compare_tiny(tmp_path / "out", "sign:untrained", "fp16")["rows"]) == 2
+
+
+def test_tasks_are_measured_once_and_tokenised_once(
+    compare_tiny: Compare, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    from bimos.evaluation.harness import Harness
+
+    folder = tmp_path / "data" / "lm_eval_tasks"
+    folder.mkdir(parents=True)
+    documents = [
+        {"question": "The river is", "choices": ["wide", "seldom"], "answer": 0},
+        {"question": "Boats", "choices": ["x", "y"], "answer": 1},
+    ]
+    (folder.parent / "questions.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    for name in ("first", "second"):
+        (folder / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: questions.jsonl}}}}\noutput_type: multiple_choice\n"
+            'test_split: test\ndoc_to_text: "{{question}}"\ndoc_to_target: answer\ndoc_to_choice: "{{choices}}"\n'
+            "metric_list: [{metric: acc}]\n"
+        )
+    monkeypatch.setenv("BIMOS_DATA", str(folder.parent))
+    encoded: list[str] = []
+    encode = Harness.tok_encode
+    monkeypatch.setattr(
+        Harness, "tok_encode", lambda self, text, *rest, **options: encoded.append(text) or encode(self, text, *rest, **options)
+    )
+    output = tmp_path / "out"
+    compare_tiny(output, "fp16", tasks=["first"])
+    assert encoded
+    encoded.clear()
+    result = compare_tiny(output, "fp16", "sign:untrained", tasks=["first"])  # one row has them, the other the same requests
+    assert not encoded
+    assert {row["row"]: row["tasks"]["first"]["n"] for row in result["rows"]} == {"fp16": 2, "sign:untrained": 2}
+    before = by_name(result)["fp16"]
+    after = by_name(compare_tiny(output, "fp16", tasks=["first", "second"]))["fp16"]
+    assert list(after["tasks"]) == ["first", "second"] and after["tasks"]["first"] == before["tasks"]["first"]
+    assert after["perplexity"] == before["perplexity"]
+    refused(compare_tiny, output, ("limit=None", "now it is 1"), tasks=["first"], limit=1)

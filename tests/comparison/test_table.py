@@ -28,7 +28,7 @@ def row(name: str, bits: float, value: float | None, **more: Any) -> dict[str, A
         "perplexity": {"wikitext2": measured},
         "tasks": {},
         "stages": [],
-        "speed": {"decode_tokens_per_second": 512.4, "runs_in": "engine, avx512", "why": None},
+        "speed": {"decode_tokens_per_second": 512.4, "runs_in": "engine, avx512", "why": None, "threads": 2},
         "versions": {"torch": "2"},
         "machine": {"cpu": "a|b", "cores": 2},
         "commit": "c",
@@ -57,7 +57,7 @@ def test_rows_are_in_order_and_cells_say_what_was_measured(comparison: dict[str,
     header, *lines = table.main_table(comparison)
     assert [line[0] for line in lines] == ["fp16", "good", "bad", "broken"]
     good = dict(zip(header, lines[1], strict=True))
-    assert good["body bits"] == "1.250" and good["size"] == "45.0 MB" and good["WikiText-2"] == "150 ± 0.50"
+    assert good["body bits"] == "1.250" and good["size"] == "45.0 MB" and good["WikiText-2"] == "150 ± 0.50 (7.50×)"  # noqa: RUF001
     assert (good["tokens"], good["minutes"], good["peak memory"]) == ("4,096", "2.5", "3.00 MB")
     assert good["decode, tokens/s"] == "512 (engine)"
     assert (good["acc, %"], good["acc_norm, %"]) == ("25.0 ± 6.2", "37.5 ± 10.0")
@@ -73,7 +73,16 @@ def test_tasks_have_a_table_of_rows_that_were_measured(comparison: dict[str, Any
 
 def test_what_rows_share_is_said(comparison: dict[str, Any]) -> None:
     said = table.conditions(comparison)
-    for fragment in ("4,096 tokens distilled", "seed 0", "`wiki.txt`", "3 of WikiText-2", "2048", "first 5 documents", "2 cores of a|b"):
+    for fragment in (
+        "4,096 tokens distilled",
+        "on 2 threads",
+        "seed 0",
+        "`wiki.txt`",
+        "3 of WikiText-2",
+        "2048",
+        "first 5 documents",
+        "2 cores of a|b",
+    ):
         assert fragment in said
 
 

@@ -28,23 +28,26 @@ def gates(routing: Routing, layer: str, shown: int) -> bytes:
 
 
 def scales(routing: Routing, layer: str) -> bytes:
-    """Scales over the text's tokens against a static scale: the mean over tokens. A row for every plane, channels by static scale."""
+    """Scales over the text's tokens as multiples of a static scale, the mean over tokens. A row for every plane, channels by spread."""
     sides = {side: found for side in SIDES if (found := routing.scales(layer, side)) is not None}
     planes = max(found.shape[0] for found in sides.values())
-    figure, axes = _figure(5.2 * len(sides), 3.4 * planes, planes, len(sides))
+    figure, axes = _figure(5.2 * len(sides), 3.2 * planes + 0.4, planes, len(sides))
     for column, (side, found) in enumerate(sides.items()):
         for plane in range(planes):
             axis, values = axes[plane][column], found[plane]
-            static, order = values.mean(0).sort()
-            picked = torch.linspace(0, len(order) - 1, min(CHANNELS, len(order))).round().long()
-            chosen, xs = values[:, order[picked]], picked.numpy()
-            low, first, third, high = torch.quantile(chosen, torch.tensor([0.05, 0.25, 0.75, 0.95]), dim=0).numpy()
+            static = values.mean(0)
+            values = values[:, static.abs() > 0.01 * static.abs().mean()]  # multiples of next to nothing say nothing
+            ratio = values / values.mean(0)
+            ratio = ratio[:, ratio.std(0).argsort()]
+            picked = torch.linspace(0, ratio.shape[1] - 1, min(CHANNELS, ratio.shape[1])).round().long()
+            xs = 100 * (picked + 0.5).numpy() / ratio.shape[1]
+            low, first, third, high = torch.quantile(ratio[:, picked], torch.tensor([0.05, 0.25, 0.75, 0.95]), dim=0).numpy()
             axis.fill_between(xs, low, high, color="#b9d0e0", linewidth=0, label="5 to 95 % of tokens")
             axis.fill_between(xs, first, third, color="#5b9dc9", linewidth=0, label="25 to 75 % of tokens")
-            axis.plot(xs, static[picked].numpy(), color="black", linewidth=1, label="static: mean over tokens")
+            axis.axhline(1.0, color="black", linewidth=1, label="static")
             title = SIDES[side] + (f", plane {plane + 1}" if planes > 1 else "")
-            axis.set(title=title, xlabel="channel, by static scale", ylabel="scale")
-    axes[0][0].legend(frameon=False, fontsize=8)
+            axis.set(title=title, xlabel="channels by spread, %", ylabel="scale, times the static one", xlim=(0, 100))
+    axes[0][0].legend(frameon=False, fontsize=8, loc="upper left")
     return _png(figure)
 
 
@@ -58,6 +61,9 @@ def layers(routing: Routing) -> bytes:
     for kind in kinds:
         places = [index for index, name in enumerate(names) if name.rpartition(".")[2] == kind]
         above.plot(places, [routing.entropy(names[index]).mean().item() for index in places], ".-", linewidth=0.7, markersize=5, label=kind)
+    starts = _block_starts(names)
+    for axis in (above, below):
+        axis.set_xticks(list(starts.values()), [str(block) for block in starts])
     above.set(ylabel="entropy of the gate,\nshare of the most", xlim=(-0.5, len(names) - 0.5))
     above.legend(frameon=False, fontsize=8, ncols=min(7, len(kinds)), loc="lower left", bbox_to_anchor=(0, 1))
     load = torch.zeros(experts, len(names))
@@ -66,9 +72,20 @@ def layers(routing: Routing) -> bytes:
         load[: len(found), index] = found
     image = below.imshow(load.numpy(), aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
     below.set_yticks(range(experts), [str(expert + 1) for expert in range(experts)])
-    below.set(ylabel="load of expert", xlabel="linear, in the order of the forward pass")
+    below.set(ylabel="load of expert", xlabel="decoder block; its linears in the order of the forward pass")
     figure.colorbar(image, ax=below, label="mean gate", fraction=0.03, pad=0.01)
     return _png(figure)
+
+
+def _block_starts(names: list[str]) -> dict[int, int]:
+    """Places of the first linears of at most 16 decoder blocks, by number of the block."""
+    starts: dict[int, int] = {}
+    for place, name in enumerate(names):
+        numbers = [part for part in name.split(".") if part.isdecimal()]
+        if numbers:
+            starts.setdefault(int(numbers[0]), place)
+    every = -(-len(starts) // 16) or 1
+    return dict(list(starts.items())[::every])
 
 
 def experts(series: dict[str, dict[str, list[Point]]]) -> bytes:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bimos.comparison import table
+from bimos.comparison import TEACHER, table
 from bimos.comparison.pareto import draw, frontier, points
-from bimos.comparison.rows import TEACHER
 from bimos.evaluation.formatting import factor, ratio
 from bimos.evaluation.pages import origin, picture, render
 from bimos.evaluation.versions import write_bytes, write_json, write_text

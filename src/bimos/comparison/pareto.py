@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from bimos.comparison.rows import TEACHER
+from bimos.comparison import TEACHER
 from bimos.comparison.table import texts
 from bimos.errors import BimosError
 from bimos.evaluation.formatting import is_number

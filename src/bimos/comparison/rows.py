@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bimos.comparison import TEACHER
 from bimos.config import RunConfig, override, read_yaml
 from bimos.errors import BimosError
 from bimos.methods import available_methods, method_config
 from bimos.quantize import DEFAULT_MINUTES
 
-TEACHER = "fp16"
 UNTRAINED = "untrained"  # neither blocks nor distillation: what a method makes of weights and calibration text alone
 
 
@@ -99,11 +99,18 @@ def _config(values: dict[str, Any], options: list[str], shared: dict[str, Any], 
         else:
             assignments.append(option if "." in key else f"options.{option}")
     values = override(values, assignments) | shared
-    distill = values.get("distill")
-    if isinstance(distill, dict) and distill.get("enabled") is False:
+    if not _distills(values):
         values["tokens"] = None  # which are those of distillation
     if values["tokens"] is None and values["minutes"] is None:
         values["minutes"] = DEFAULT_MINUTES
     config = RunConfig.from_dict(values, source)
     method_config(config.method, config.options)
     return config
+
+
+def _distills(values: dict[str, Any]) -> bool:
+    """Whether a run of these options ends with distillation: as they say, else if the method is one that is trained."""
+    section = values.get("distill")
+    enabled = section.get("enabled") if isinstance(section, dict) else None
+    method = available_methods().get(str(values.get("method", RunConfig.method)))
+    return getattr(method, "trained", True) if enabled is None else enabled is not False

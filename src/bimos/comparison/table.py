@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bimos.evaluation.formatting import DASH, bits, is_number, significant, size
+from bimos.comparison import TEACHER
+from bimos.evaluation.formatting import DASH, bits, factor, is_number, ratio, significant, size
 
 Texts = dict[str, str]  # labels by name
 
@@ -34,12 +35,14 @@ def ordered(comparison: dict[str, Any]) -> list[dict[str, Any]]:
 def main_table(comparison: dict[str, Any]) -> list[list[str]]:
     """Header and rows: bits, size, perplexities, mean accuracies where measured, tokens distilled, minutes, peak memory, speed."""
     named, means = texts(comparison), "zeroshot6" in tasks(comparison)
+    teacher: dict[str, Any] = next((row["perplexity"] for row in comparison["rows"] if row["row"] == TEACHER), {})
     header = ["row", "body bits", "model bits", "size", *named.values()]
     header += ["acc, %", "acc_norm, %"] * means
     lines = [[*header, "tokens", "minutes", "peak memory", "decode, tokens/s"]]
     for row in ordered(comparison):
         cells = [row["row"], bits(row["body_bits_per_weight"]), bits(row["bits_per_parameter"]), size(row["total_bytes"])]
-        cells += [perplexity(row["perplexity"].get(name)) for name in named]
+        of = {} if row["row"] == TEACHER else teacher
+        cells += [perplexity(row["perplexity"].get(name), of.get(name)) for name in named]
         if means:
             mean = row["tasks"].get("zeroshot6", {})
             cells += [accuracy(mean, "acc", "stderr"), accuracy(mean, "acc_norm", "acc_norm_stderr")]
@@ -59,11 +62,13 @@ def task_table(comparison: dict[str, Any], metric: str = "acc") -> list[list[str
     return lines if len(lines) > 1 and any(cell != DASH for line in lines[1:] for cell in line[1:]) else []
 
 
-def perplexity(measured: dict[str, Any] | None) -> str:
+def perplexity(measured: dict[str, Any] | None, teacher: dict[str, Any] | None = None) -> str:
+    """`150 ± 0.50 (7.50×)`: value, standard error, times the teacher's."""  # noqa: RUF002
     if not measured:
         return DASH
-    error = measured.get("stderr")
-    return significant(measured["value"]) + (f" ± {significant(error, 2)}" if is_number(error) else "")
+    error, times = measured.get("stderr"), ratio(measured["value"], (teacher or {}).get("value"))
+    parts = [significant(measured["value"]), *([f"± {significant(error, 2)}"] if is_number(error) else [])]
+    return " ".join([*parts, *([f"({factor(times)})"] if times else [])])
 
 
 def accuracy(scores: dict[str, Any], metric: str, error: str) -> str:
@@ -106,10 +111,15 @@ def conditions(comparison: dict[str, Any]) -> str:
     machines = sorted({f"{row['machine']['cores']} cores of {row['machine']['cpu']}" for row in rows})
     where = f", on {' and '.join(machines)}" if machines else ""
     context = ", ".join(sorted({str(entry["context"]) for entry in measured.values()}))
-    evaluated = f" Perplexity on windows of {context} tokens ({windows}), ± one standard error." if measured else ""
+    evaluated = (
+        f" Perplexity on windows of {context} tokens ({windows}), ± one standard error, in brackets times the teacher's."
+        if measured
+        else ""
+    )
+    threads = ", ".join(sorted({str(row["speed"]["threads"]) for row in rows}))
     means = " acc and acc_norm are means over the six zero-shot tasks." if "zeroshot6" in tasks(comparison) else ""
     return (
         f"A budget of {budget} a row{where}, seed {setting['seed']}, embeddings in {setting['embedding_bits']} bits; "
         f"text `{setting['data']}`. Bits: of the body a weight of the binarized linears, scales and all; of the model a parameter."
-        f"{evaluated}{means}{limit} Peak memory is that of training."
+        f"{evaluated}{means}{limit} Peak memory is that of training; decoding is one sequence on {threads} threads."
     )

@@ -80,7 +80,7 @@ def make(job: Job, console: Console | None) -> None:
         run(job.model, output, RunConfig.from_dict(job.config), resume=unfinished, overwrite=not unfinished, console=console)
     result = json.loads((output / "result.json").read_text(encoding="utf-8"))
     packing = json.loads((output / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    write_json(path, result | {key: packing[key] for key in ("planes", "experts", "group_size", "options")})
+    write_json(path, result | {key: packing.get(key) for key in ("planes", "experts", "group_size", "options")})
 
 
 def evaluate(job: Job, console: Console | None) -> None:
