@@ -64,7 +64,7 @@ def quality(folder: Path) -> str:
         f"SmolLM2-135M-Instruct, all 210 body linears binarized, a budget of {first['config']['minutes']:.0f} minutes of work on "
         f"{first['machine']['cores']} cores of {first['machine']['cpu']}; perplexity on windows of 2048 "
         f"tokens ({windows}), in brackets times the teacher's. Text: `{first['config']['data']}`. "
-        f"`bimos compare` runs them anew: `--methods {','.join(ROWS[name] for name, _ in results)}`.",
+        f"`bimos compare` runs them anew: `--methods {','.join(ROWS.get(name, name) for name, _ in results)}`.",
         "",
         f"| recipe | minutes | tokens distilled | bits per body weight | {' | '.join(title for _, title in texts)} |",
         "| --- " * (4 + len(texts)) + "|",

@@ -75,7 +75,7 @@ def test_what_rows_share_is_said(comparison: dict[str, Any]) -> None:
     said = table.conditions(comparison)
     for fragment in (
         "4,096 tokens distilled",
-        "on 2 threads",
+        "threads: 2",
         "seed 0",
         "`wiki.txt`",
         "3 of WikiText-2",

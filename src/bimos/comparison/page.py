@@ -18,7 +18,9 @@ def write_pages(output: Path, comparison: dict[str, Any]) -> None:
     write_json(output / "comparison.json", {"setting": comparison["setting"], "rows": [_brief(row) for row in comparison["rows"]]})
     if not comparison["rows"]:
         return
-    parts = [table.markdown(table.main_table(comparison)), *(table.markdown(lines) for _, lines in _task_tables(comparison))]
+    parts = [table.markdown(table.main_table(comparison))]
+    for title, lines in _task_tables(comparison):
+        parts += [f"{title}:", table.markdown(lines)]
     write_text(output / "table.md", "\n\n".join([table.conditions(comparison), *parts]) + "\n")
     vector = draw(comparison, "svg")
     for name, data in (("pareto.svg", vector), ("pareto.png", draw(comparison, "png"))):
@@ -33,7 +35,7 @@ def _page(comparison: dict[str, Any], plot: bytes) -> str:
     return render(
         Path(__file__).parent / "comparison.html.jinja",
         model=Path(comparison["setting"]["model"]).name,
-        conditions=table.conditions(comparison),
+        conditions=table.conditions(comparison).replace("`", ""),
         main=table.main_table(comparison),
         task_tables=_task_tables(comparison),
         plot=picture(plot, "svg+xml", "bits per body weight against perplexity, a mark for every row"),

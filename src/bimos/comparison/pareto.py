@@ -46,6 +46,7 @@ def draw(comparison: dict[str, Any], form: str) -> bytes:
     """The picture, a panel for every text, as `svg` or `png`: rows as marks, the frontier as steps, the teacher as a line."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter, StrMethodFormatter
 
     named = {name: label for name, label in texts(comparison).items() if points(comparison, name)}
     names = sorted({name for text in named for name, _, _ in points(comparison, text)})
@@ -66,6 +67,8 @@ def draw(comparison: dict[str, Any], form: str) -> bytes:
             level = teacher["perplexity"][text]["value"]
             handles["the teacher, 16 bits"] = axis.axhline(level, color="0.3", linestyle="--", linewidth=1, zorder=1)
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
         axis.set(title=label, xlabel="bits per body weight", ylabel="perplexity")
         axis.grid(True, which="both", color="0.93", zorder=0)
         axis.spines[["top", "right"]].set_visible(False)

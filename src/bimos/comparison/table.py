@@ -104,7 +104,7 @@ def markdown(lines: list[list[str]]) -> str:
 def conditions(comparison: dict[str, Any]) -> str:
     """What all rows have in common, in a sentence or two."""
     setting, rows = comparison["setting"], comparison["rows"]
-    budget = f"{setting['minutes']:g} minutes of work" if setting["minutes"] is not None else f"{setting['tokens']:,} tokens distilled"
+    budget = f"{setting['minutes']:g} min of work" if setting["minutes"] is not None else f"{setting['tokens']:,} tokens distilled"
     measured = {name: row["perplexity"][name] for row in rows for name in row["perplexity"]}
     windows = ", ".join(f"{entry['windows']} of {entry['text']}" for entry in measured.values())
     limit = f" Zero-shot: the first {setting['limit']} documents of each task." if setting["limit"] and tasks(comparison) else ""
@@ -121,5 +121,5 @@ def conditions(comparison: dict[str, Any]) -> str:
     return (
         f"A budget of {budget} a row{where}, seed {setting['seed']}, embeddings in {setting['embedding_bits']} bits; "
         f"text `{setting['data']}`. Bits: of the body a weight of the binarized linears, scales and all; of the model a parameter."
-        f"{evaluated}{means}{limit} Peak memory is that of training; decoding is one sequence on {threads} threads."
+        f"{evaluated}{means}{limit} Peak memory is that of training; decoding is one sequence, threads: {threads}."
     )
