@@ -1,20 +1,35 @@
-"""Fill the README's results from the JSON under `benchmarks/results/`.
+"""Fill the README's results, and docs/results.md, from the JSON under `benchmarks/results/`.
 
-python benchmarks/tables.py            rewrite the part between the markers
-python benchmarks/tables.py --check    exit with 1 if it is not what the JSON says
+python benchmarks/tables.py            rewrite the part between the markers, and docs/results.md whole
+python benchmarks/tables.py --check    exit with 1 if they are not what the JSON says
+
+A folder `compare-NAME` is what `bimos compare -o` has written, its folder `work` left out; of `quality-NAME` each JSON is a row.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
+
+from bimos.comparison import table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4 (train sample b)"}
+ROWS = {  # of quality-*, as `bimos compare --methods` has them
+    "default": "binarymos",
+    "onebit": "onebit",
+    "sign-trained": "sign",
+    "sign": "sign:untrained:initialise.activation_aware=false",
+    "paper": "configs/binarymos-paper.yaml:distill.batch_size=2:distill.accumulate=2",
+    "onebit-paper": "configs/onebit-paper.yaml:distill.batch_size=2:distill.accumulate=2",
+}
+DOCUMENT = ROOT / "docs" / "results.md"
 MARKED = re.compile(r"(<!-- results:start -->\n).*?(<!-- results:end -->)", re.DOTALL)
 
 
@@ -47,8 +62,9 @@ def quality(folder: Path) -> str:
     windows = ", ".join(f"{first['perplexity'][key]['windows']} of {title}" for key, title in texts)
     lines = [
         f"SmolLM2-135M-Instruct, all 210 body linears binarized, a budget of {first['config']['minutes']:.0f} minutes of work on "
-        f"{first['machine']['cores']} cores of {first['machine']['cpu']} (`benchmarks/quality.py`); perplexity on windows of 2048 "
-        f"tokens ({windows}), in brackets times the teacher's. Text: `{first['config']['data']}`.",
+        f"{first['machine']['cores']} cores of {first['machine']['cpu']}; perplexity on windows of 2048 "
+        f"tokens ({windows}), in brackets times the teacher's. Text: `{first['config']['data']}`. "
+        f"`bimos compare` runs them anew: `--methods {','.join(ROWS.get(name, name) for name, _ in results)}`.",
         "",
         f"| recipe | minutes | tokens distilled | bits per body weight | {' | '.join(title for _, title in texts)} |",
         "| --- " * (4 + len(texts)) + "|",
@@ -123,18 +139,59 @@ def peers() -> str:
     return "\n\n".join([*parts, f"![tokens a second of every peer]({picture})"])
 
 
+def comparisons() -> list[tuple[Path, dict[str, Any]]]:
+    """Folders of `bimos compare` and what they hold."""
+    paths = sorted(RESULTS.glob("compare-*/comparison.json"))
+    found = [(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    return [(folder, comparison) for folder, comparison in found if comparison["rows"]]
+
+
+def comparison(folder: Path, compared: dict[str, Any], picture_from: Path) -> str:
+    """What all rows share, the table, and the plot if there is one."""
+    name = Path(compared["setting"]["model"]).name
+    parts = [f"{name}, `bimos compare`. {table.conditions(compared)}", table.markdown(table.main_table(compared))]
+    plot = folder / "pareto.svg"
+    if plot.exists():
+        parts.append(f"![bits against perplexity]({os.path.relpath(plot, picture_from).replace(os.sep, '/')})")
+    return "\n\n".join(parts)
+
+
+def document() -> str:
+    """docs/results.md: every comparison with its zero-shot tasks and where its rows come from; empty where there is none."""
+    parts = []
+    for folder, compared in comparisons():
+        parts += [f"## {folder.name.removeprefix('compare-')}", comparison(folder, compared, DOCUMENT.parent)]
+        for metric in ("acc", "acc_norm"):
+            if lines := table.task_table(compared, metric):
+                parts += [f"Zero-shot, {metric}, %:", table.markdown(lines)]
+        commits = sorted({str(row["commit"])[:12] for row in compared["rows"]})
+        versions = sorted({f"{name} {version}" for row in compared["rows"] for name, version in row["versions"].items()})
+        parts.append(f"Commit {', '.join(commits)}; {', '.join(versions)}. Recipes of all rows: `{(folder / 'rows').relative_to(ROOT)}`.")
+    head = "# Results\n\nMade by `benchmarks/tables.py` from what `bimos compare` left under `benchmarks/results/`; not to be edited."
+    return "\n\n".join([head, *parts]) + "\n" if parts else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    parts = [*(quality(folder) for folder in sorted(RESULTS.glob("quality-*"), reverse=True)), sizes(), kernels(), peers()]
+    compared = [comparison(folder, values, ROOT) for folder, values in comparisons()]
+    if compared:
+        compared.append(f"Zero-shot accuracy by task: [docs/results.md]({DOCUMENT.relative_to(ROOT).as_posix()}).")
+    parts = [*compared, *(quality(folder) for folder in sorted(RESULTS.glob("quality-*"), reverse=True)), sizes(), kernels(), peers()]
     tables = "\n\n".join(part for part in parts if part)
     filled = MARKED.sub(lambda match: f"{match[1]}\n{tables}\n\n{match[2]}", text)
+    wanted = {readme: filled, DOCUMENT: document()}
     if arguments.check:
-        sys.exit(filled != text)
-    readme.write_text(filled, encoding="utf-8")
+        stale = [path.name for path, content in wanted.items() if content != (path.read_text(encoding="utf-8") if path.exists() else "")]
+        sys.exit(f"not what the JSON says: {', '.join(stale)}; run benchmarks/tables.py" if stale else 0)
+    for path, content in wanted.items():
+        if content:
+            path.write_text(content, encoding="utf-8")
+        else:
+            path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from bimos.engine import Engine
 from bimos.kernels import native
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["quantize", "eval", "bench", "info", "generate", "chat", "unpack", "convert", "methods", "doctor", "demo"]
+COMMANDS = ["quantize", "eval", "compare", "inspect", "bench", "info", "generate", "chat", "unpack", "convert", "methods", "doctor", "demo"]
 GROUP = typer.main.get_command(app)
 
 

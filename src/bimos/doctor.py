@@ -21,6 +21,7 @@ from bimos.packing.format import pack_signs
 
 OPTIONAL = {
     "lm_eval": "zero-shot tasks: pip install 'bimos[eval]'",
+    "matplotlib": "pictures of bimos compare and inspect: pip install 'bimos[eval]'",
     "tensorboard": "training curves: pip install 'bimos[logging]'",
 }
 # Instruction sets that fast kernels for signs can use, as /proc/cpuinfo names them.

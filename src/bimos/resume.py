@@ -68,9 +68,9 @@ def remembered(output: str | Path) -> dict[str, Any]:
 
 
 def check_same_run(output: Path, known: dict[str, Any], model: str, config: RunConfig) -> None:
-    if known["model"] != model and not _same_path(known["model"], model):
+    if known["model"] != model and not same_path(known["model"], model):
         raise BimosError(f"the run in '{output}' is of model '{known['model']}', not '{model}'; name that model, or use --overwrite")
-    before, now = _flat(known["config"]), _flat(json.loads(json.dumps(config.to_dict())))
+    before, now = flat(known["config"]), flat(json.loads(json.dumps(config.to_dict())))
     begun = any((output / WORK / "distill").glob("checkpoint-*"))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and (begun or not key.startswith("distill.")):
@@ -80,7 +80,8 @@ def check_same_run(output: Path, known: dict[str, Any], model: str, config: RunC
             )
 
 
-def _same_path(a: str, b: str) -> bool:
+def same_path(a: str, b: str) -> bool:
+    """Whether both lead to one thing that exists."""
     return Path(a).expanduser().exists() and Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
 
 
@@ -90,8 +91,9 @@ def check_same_text(stream: TokenStream, path: Path) -> None:
     write_json(path, stream.fingerprint)  # type: ignore[arg-type]
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys in one level, `{"distill.lr_latent": 7e-4}`."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found

@@ -95,6 +95,49 @@ def test_limit_takes_the_first_documents_and_the_folder_comes_from_the_data_dire
     assert scores["acc"] == pytest.approx(by_hand(model.eval(), tokenizer, DOCUMENTS[:2])[0])
 
 
+def test_tokens_of_requests_are_kept(make_model, tokenizer, folder, tmp_path, monkeypatch):
+    from bimos.evaluation.harness import Harness
+
+    model, encoded = make_model(), []
+    encode = Harness.tok_encode
+    monkeypatch.setattr(
+        Harness, "tok_encode", lambda self, text, *more, **options: encoded.append(text) or encode(self, text, *more, **options)
+    )
+    first = zero_shot(model, tokenizer, ["tiny"], folder=folder, cache=tmp_path / "cache")["tiny"]
+    assert len(encoded) >= 2 * 10  # two choices of five documents, with and without their question
+    encoded.clear()
+    again = zero_shot(model, tokenizer, ["tiny"], folder=folder, cache=tmp_path / "cache")["tiny"]
+    assert not encoded
+    assert {key: again[key] for key in again if key != "seconds"} == {key: first[key] for key in first if key != "seconds"}
+    (tmp_path / "cache/tiny.json").write_text("{")  # a damaged file costs time, nothing else
+    assert zero_shot(model, tokenizer, ["tiny"], folder=folder, cache=tmp_path / "cache")["tiny"]["acc"] == first["acc"]
+    assert encoded
+
+
+def test_batches_hold_like_many_tokens_and_results_do_not_depend_on_them(make_model, tokenizer, folder):
+    model, shapes = make_model(), []
+    hook = model.register_forward_pre_hook(
+        lambda _, inputs, options: shapes.append((*inputs, *options.values())[0].shape), with_kwargs=True
+    )
+    wide = zero_shot(model, tokenizer, ["tiny"], folder=folder, batch_tokens=10_000)["tiny"]
+    assert len(shapes) == 1
+    shapes.clear()
+    narrow = zero_shot(model, tokenizer, ["tiny"], folder=folder, batch_tokens=60)["tiny"]
+    hook.remove()
+    assert max(rows * length for rows, length in shapes) <= 60 and max(rows for rows, _ in shapes) > 1
+    assert [length for _, length in shapes] == sorted((length for _, length in shapes), reverse=True)
+    assert sum(rows for rows, _ in shapes) == 10
+    assert (wide["acc"], wide["acc_norm"]) == (narrow["acc"], narrow["acc_norm"])
+    assert wide["seconds"] > 0
+
+
+def test_scores_are_told_task_by_task(make_model, tokenizer, folder):
+    (folder / "local_small.yaml").write_text("include: base.yaml\ntask: local_small\n")
+    told = []
+    scores = zero_shot(make_model(), tokenizer, ["tiny", "small"], folder=folder, done=lambda name, found: told.append((name, found)))
+    assert told == list(scores.items()) and [name for name, _ in told] == ["tiny", "small"]
+
+
 def test_missing_documents_are_one_line(make_model, tokenizer, folder):
     with pytest.raises(BimosError, match="'lost'") as caught:
         zero_shot(make_model(), tokenizer, ["lost"], folder=folder)
@@ -127,11 +170,11 @@ def test_without_lm_eval_the_mend_is_named(monkeypatch):
 
 def test_mean_uses_acc_where_there_is_no_acc_norm():
     scores = [
-        {"acc": 0.5, "acc_norm": None, "stderr": 0.03, "acc_norm_stderr": None, "n": 10},
-        {"acc": 0.2, "acc_norm": 0.4, "stderr": 0.04, "acc_norm_stderr": 0.04, "n": 20},
+        {"acc": 0.5, "acc_norm": None, "stderr": 0.03, "acc_norm_stderr": None, "n": 10, "seconds": 2.0},
+        {"acc": 0.2, "acc_norm": 0.4, "stderr": 0.04, "acc_norm_stderr": 0.04, "n": 20, "seconds": 3.0},
     ]
     mean = _mean(scores)
-    assert mean == pytest.approx({"acc": 0.35, "acc_norm": 0.45, "stderr": 0.025, "acc_norm_stderr": 0.025, "n": 30})
+    assert mean == pytest.approx({"acc": 0.35, "acc_norm": 0.45, "stderr": 0.025, "acc_norm_stderr": 0.025, "n": 30, "seconds": 5.0})
 
 
 def test_the_real_tasks_run_without_network(make_model, tokenizer, monkeypatch):

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from bimos import __version__
-from bimos.cli import make, measure, talk
+from bimos.cli import make, measure, study, talk
 from bimos.cli.group import Commands
 
 __all__ = ["app", "main"]
@@ -47,6 +47,8 @@ def bimos(
 COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": make.quantize,
     "eval": measure.evaluate,
+    "compare": study.compare,
+    "inspect": study.inspect,
     "bench": measure.bench,
     "info": measure.info,
     "generate": talk.generate,

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from bimos.errors import BimosError
 
-CONTINUE = {"quantize": "; run again with --resume", "demo": "; run again to continue"}
+CONTINUE = {"quantize": "; run again with --resume", "demo": "; run again to continue", "compare": "; run again to continue"}
 DISK_FULL = "no space left on the device: make room and run again; what was saved before is intact"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bimos.evaluation.formatting import DASH, bits, factor, significant, size
+from bimos.evaluation.formatting import DASH, bits, duration, factor, significant, size
 
 
 def split(names: str | None) -> list[str]:
@@ -77,11 +77,30 @@ def tasks(out: Console, result: dict[str, Any]) -> None:
     """The key `tasks` of a result, if there is one; accuracies in percent."""
     if not result.get("tasks"):
         return
-    table = _table("task", "acc", "acc_norm", "±", "n", numbers=4)
+    table = _table("task", "acc", "acc_norm", "±", "n", "time", numbers=5)
     for name, score in result["tasks"].items():
         shares = [f"{100 * score[key]:.1f}" if score.get(key) is not None else "" for key in ("acc", "acc_norm", "stderr")]
-        table.add_row(name, *shares, str(score.get("n", "")))
+        table.add_row(name, *shares, str(score.get("n", "")), duration(score.get("seconds")))
     out.print(table)
+
+
+def comparison(out: Console, lines: list[list[str]]) -> None:
+    """Header and rows of `bimos.comparison.table.main_table`."""
+    table = _table(*lines[0], numbers=len(lines[0]) - 1)
+    for line in lines[1:]:
+        table.add_row(*line)
+    out.print(table)
+
+
+def routing(out: Console, result: dict[str, Any]) -> None:
+    """What `bimos inspect` says: gates and scales by kind of linear."""
+    table = _table("linears", "entropy of the gate", "load of experts, least to most", "spread of scales, in", "out", numbers=4)
+    for kind, row in result["kinds"].items():
+        load = f"{100 * row['least_load']:.0f} to {100 * row['most_load']:.0f} %"
+        spreads = [DASH if row[key] is None else f"{100 * row[key]:.1f} %" for key in ("spread_in", "spread_out")]
+        table.add_row(kind, f"{row['entropy']:.3f}", load, *spreads)
+    out.print(table)
+    out.print(f"{result['tokens']} tokens; entropy as a share of the most there is; looked at closely: {result['layer']}", markup=False)
 
 
 def speed(out: Console, result: dict[str, Any]) -> None:

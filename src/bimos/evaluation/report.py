@@ -1,6 +1,6 @@
 """One run of `bimos quantize` as a single HTML page that needs nothing else: no scripts, fonts or requests.
 
-`report.html.jinja` is the page and its style sheet, `charts` draws, and this file decides what is shown: a part whose
+`report.html.jinja` is the page, `head.html.jinja` its style sheet, `charts` draws, and this file decides what is shown: a part whose
 numbers are missing from the result is left out.
 """
 
@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 
 from bimos.evaluation import charts, formatting
 from bimos.evaluation.formatting import is_number, ratio
+from bimos.evaluation.pages import origin, render
 from bimos.evaluation.versions import plain, write_text
 
 
@@ -28,15 +28,8 @@ def write_report(path: str | Path, result: dict[str, Any]) -> None:
 
 def render_report(result: dict[str, Any]) -> str:
     """The report as HTML text. Any key of `result` may be missing or null."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {name: getattr(formatting, name) for name in ("significant", "bits", "count", "size", "duration", "factor")}
-    return environment.get_template("report.html.jinja").render(
+    return render(
+        Path(__file__).parent / "report.html.jinja",
         model=Path(str(result.get("model") or "model")).name,
         method=result.get("method"),
         seconds=result.get("seconds"),
@@ -47,7 +40,7 @@ def render_report(result: dict[str, Any]) -> str:
         stages=_stages(result),
         samples=[sample for sample in result.get("samples") or [] if isinstance(sample, dict)],
         config=yaml.safe_dump(plain(result["config"]), sort_keys=False, allow_unicode=True) if result.get("config") else "",
-        origin=_origin(result),
+        origin=origin(result),
     )
 
 
@@ -149,17 +142,3 @@ def _stage_charts(stage: dict[str, Any]) -> list[dict[str, Any]]:
         note = f"of decoder blocks {rows[0][0]} to {rows[-1][0]}, from the first step down to the last"
         drawn.append({"title": "Reconstruction error", "note": note, "picture": charts.range_chart(rows, "reconstruction error")})
     return drawn
-
-
-def _origin(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """Versions, commit and machine as (name, value)."""
-    versions = result.get("versions") or {}
-    rows = [(str(name), str(value)) for name, value in versions.items() if value]
-    if result.get("commit"):
-        rows.append(("commit", str(result["commit"])))
-    machine = result.get("machine") or {}
-    if machine.get("cpu"):
-        rows.append(("CPU", f"{machine['cpu']}, {machine['cores']} cores" if machine.get("cores") else str(machine["cpu"])))
-    if machine.get("accelerator"):
-        rows.append(("accelerator", str(machine["accelerator"])))
-    return rows

@@ -67,7 +67,12 @@ def write_json(path: str | Path, values: dict[str, Any]) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` aside, fsync, rename. Makes the folder if needed.
+    """Write `text` in UTF-8; see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` aside, fsync, rename. Makes the folder if needed.
 
     Raises:
         OSError: as the file system says; whatever was at `path` before is then still there.
@@ -76,8 +81,8 @@ def write_text(path: str | Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with aside.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)

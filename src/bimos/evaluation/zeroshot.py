@@ -2,27 +2,25 @@
 
 `zeroshot6` are the six tasks of the BinaryMoS and DB-LLM tables: BoolQ, PIQA, HellaSwag, WinoGrande, ARC-easy and
 ARC-challenge. Prompts, targets and metrics are lm_eval's own; only where the documents come from may differ: a folder
-`lm_eval_tasks/` of task files in the local data directory, with a `local_<task>.yaml` a task whose `data_files` are
-relative to the data directory, wins over the Hub.
+`lm_eval_tasks/` of task files in the local data directory wins over the Hub (`taskfiles.py`).
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
-import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bimos.errors import BimosError
 from bimos.evaluation.mode import evaluating
-from bimos.evaluation.texts import data_directory
+from bimos.evaluation.taskfiles import local_tasks
 
+BATCH_TOKENS = 1024  # of a forward pass: more is no faster on a CPU, and their logits take 200 MB with 49,152 tokens to choose from
+Scores = dict[str, float | int | None]
 ZEROSHOT6 = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge")
 GROUPS: dict[str, tuple[str, ...]] = {"zeroshot6": ZEROSHOT6, "lambada": ("lambada_openai",)}
 
@@ -33,49 +31,85 @@ def zero_shot(
     tasks: Sequence[str] = ("zeroshot6",),
     *,
     limit: int | None = None,
-    batch_size: int = 8,
+    batch_tokens: int = BATCH_TOKENS,
     folder: str | Path | None = None,
-) -> dict[str, dict[str, float | int | None]]:
+    cache: Path | None = None,
+    done: Callable[[str, Scores], None] | None = None,
+) -> dict[str, Scores]:
     """Accuracies of `model` on `tasks`, without examples in the prompt.
 
     Args:
         model: a causal language model of transformers.
         tasks: `zeroshot6`, `lambada`, or names of lm_eval tasks.
         limit: only the first so many documents a task.
-        batch_size: requests a forward pass.
+        batch_tokens: of a forward pass; requests are sorted by length, and as many go together as make up so many.
         folder: task files that win over lm_eval's own. None: `lm_eval_tasks` in the local data directory, if there.
+        cache: folder in which the tokens of requests are kept for later runs with the same tokenizer.
+        done: called after every task with its name and scores.
 
     Returns:
-        For each task `{acc, acc_norm, stderr, acc_norm_stderr, n}`, as shares of 1; None where a task has no such
+        For each task `{acc, acc_norm, stderr, acc_norm_stderr, n, seconds}`, as shares of 1; None where a task has no such
         metric. If all of `zeroshot6` were run, `zeroshot6` is their unweighted mean, its acc_norm with acc in place of
         the acc_norm that BoolQ and WinoGrande have not, as in the papers' tables.
 
     Raises:
         BimosError: lm_eval is missing, a task is unknown, or its documents cannot be had.
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise BimosError(f"zero-shot tasks need lm_eval ({error}); install it with: pip install 'bimos[eval]'") from None
+    _require_lm_eval()
     if limit is not None and limit <= 0:
         raise BimosError(f"limit={limit}: must be positive")
+    names = expand(tasks)
+    import lm_eval
+
+    scores: dict[str, Scores] = {}
+    with _quiet(logging.getLogger("lm_eval")), local_tasks(names, folder) as local:
+        loaded = _load(names, local)
+        from bimos.evaluation.harness import Harness
+
+        with evaluating(model):
+            harness = Harness(model, tokenizer, batch_tokens, cache)
+            for name, task in loaded.items():  # one by one, so that each has its time, and is not lost with the next
+                began = time.monotonic()
+                with harness.remembering(name):
+                    # not simple_evaluate: it would set every random seed of the process and inspect the machine for seconds
+                    output = lm_eval.evaluate(harness, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0, log_samples=False)
+                assert output is not None  # None is for ranks other than 0
+                found = _scores(output["results"][name], output["n-samples"][name]["effective"])
+                scores[name] = found | {"seconds": time.monotonic() - began}
+                if done is not None:
+                    done(name, scores[name])
+    return with_mean(scores)
+
+
+def expand(tasks: Sequence[str]) -> list[str]:
+    """Names of tasks, those of a group in place of its name, each once. Raises BimosError: there are none."""
     names = list(dict.fromkeys(name for task in tasks for name in GROUPS.get(task, (task,))))
     if not names:
         raise BimosError("no zero-shot task given; for example zeroshot6")
-    with _quiet(logging.getLogger("lm_eval")), _local_tasks(names, folder) as local:
-        loaded = _load(names, local)
-        with evaluating(model):
-            wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)  # it sets a padding token
-            # not simple_evaluate: it would set every random seed of the process and inspect the machine for seconds
-            output = lm_eval.evaluate(wrapped, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
-    assert output is not None  # None is for ranks other than 0
-    scores: dict[str, dict[str, float | int | None]] = {}
-    for name in output["results"]:
-        scores[name] = _scores(output["results"][name], output["n-samples"][name]["effective"])
-    if all(name in scores for name in ZEROSHOT6):
-        scores["zeroshot6"] = _mean([scores[name] for name in ZEROSHOT6])
-    return scores
+    return names
+
+
+def check_tasks(tasks: Sequence[str], folder: str | Path | None = None) -> None:
+    """Raises what `zero_shot` would: before hours of work, not after them."""
+    _require_lm_eval()
+    names = expand(tasks)
+    with _quiet(logging.getLogger("lm_eval")), local_tasks(names, folder) as local:
+        _load(names, local)
+
+
+def with_mean(scores: dict[str, Scores]) -> dict[str, Scores]:
+    """`scores` and, if all of `zeroshot6` are among them, their mean."""
+    alone = {name: found for name, found in scores.items() if name != "zeroshot6"}
+    if all(name in alone for name in ZEROSHOT6):
+        alone["zeroshot6"] = _mean([alone[name] for name in ZEROSHOT6])
+    return alone
+
+
+def _require_lm_eval() -> None:
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise BimosError(f"zero-shot tasks need lm_eval ({error}); install it with: pip install 'bimos[eval]'") from None
 
 
 def _load(names: list[str], local: Path | None) -> dict[str, Any]:
@@ -103,63 +137,7 @@ def _load(names: list[str], local: Path | None) -> dict[str, Any]:
     return loaded
 
 
-@contextmanager
-def _local_tasks(names: list[str], folder: str | Path | None) -> Iterator[Path | None]:
-    """A temporary folder with a task file for every one of `names` that `folder` has: that one, with a plain name and absolute paths."""
-    if folder is None:
-        data = data_directory()
-        folder = data / "lm_eval_tasks" if data else None
-    elif not Path(folder).is_dir():
-        raise BimosError(f"no folder of task files at '{folder}'")
-    if folder is None or not Path(folder).is_dir():
-        yield None
-        return
-    folder = Path(folder).resolve()
-    with tempfile.TemporaryDirectory(prefix="bimos-tasks-") as aside:
-        for name in names:
-            for path in (folder / f"local_{name}.yaml", folder / f"{name}.yaml"):
-                if not path.is_file():
-                    continue
-                task: dict[str, Any] = {"include": str(path), "task": name}
-                if options := _read_task(path).get("dataset_kwargs"):
-                    task["dataset_kwargs"] = _absolute(options, folder.parent)
-                (Path(aside) / f"{name}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
-                break
-        yield Path(aside)
-
-
-class _TaskLoader(yaml.SafeLoader):
-    """Reads task files without importing the functions that they name."""
-
-
-_TaskLoader.add_constructor("!function", lambda loader, node: str(node.value))
-
-
-def _read_task(path: Path) -> dict[str, Any]:
-    """A task file with what it includes, local keys winning, as lm_eval reads it."""
-    try:
-        task = yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskLoader)
-    except (OSError, yaml.YAMLError) as error:
-        raise BimosError(f"cannot read task file '{path}': {' '.join(str(error).split())}") from None
-    if not isinstance(task, dict):
-        raise BimosError(f"task file '{path}' must be a mapping of keys to values")
-    includes = task.pop("include", [])
-    merged: dict[str, Any] = {}
-    for include in [includes] if isinstance(includes, str) else includes:
-        merged |= _read_task(path.parent / include)
-    return merged | task
-
-
-def _absolute(value: Any, base: Path) -> Any:
-    """`value` with every path of a file that exists under `base` made absolute: lm_eval reads paths relative to the working directory."""
-    if isinstance(value, dict):
-        return {key: _absolute(item, base) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_absolute(item, base) for item in value]
-    return str(base / value) if isinstance(value, str) and (base / value).is_file() else value
-
-
-def _scores(metrics: dict[str, Any], count: int) -> dict[str, float | int | None]:
+def _scores(metrics: dict[str, Any], count: int) -> Scores:
     def share(name: str) -> float | None:
         value = metrics.get(f"{name},none")
         return None if value is None else float(value)
@@ -172,7 +150,7 @@ def _scores(metrics: dict[str, Any], count: int) -> dict[str, float | int | None
     return {"acc": acc, "acc_norm": acc_norm, "stderr": error(acc), "acc_norm_stderr": error(acc_norm), "n": count}
 
 
-def _mean(scores: list[dict[str, Any]]) -> dict[str, float | int | None]:
+def _mean(scores: list[dict[str, Any]]) -> Scores:
     """Unweighted mean over tasks, whose standard errors are independent."""
 
     def mean(values: list[float | None]) -> float | None:
@@ -191,6 +169,7 @@ def _mean(scores: list[dict[str, Any]]) -> dict[str, float | int | None]:
         "stderr": error([score["stderr"] for score in scores]),
         "acc_norm_stderr": error([score[errors[name]] for name, score in zip(normed, scores, strict=True)]),
         "n": sum(score["n"] for score in scores),
+        "seconds": sum(score["seconds"] for score in scores),
     }
 
 

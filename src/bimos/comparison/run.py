@@ -1,0 +1,185 @@
+"""A comparison from its first row to its page, and from wherever it was interrupted.
+
+DIR/setting.json       what all rows share
+DIR/rows/ROW.json      a finished row
+DIR/work/ROW/          its checkpoint, and what its steps have left so far
+DIR/comparison.json    all finished rows, DIR/pareto.svg and .png, DIR/index.html
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from bimos.comparison.page import write_pages
+from bimos.comparison.rows import Row
+from bimos.comparison.setting import Setting, check_place, read_setting
+from bimos.comparison.work import Job
+from bimos.errors import BimosError
+from bimos.evaluation.texts import load_text
+from bimos.evaluation.versions import write_json
+from bimos.evaluation.zeroshot import check_tasks, expand
+from bimos.methods import method_config
+from bimos.models import convertible_linears, empty_model, load_config
+from bimos.resume import flat
+
+Spawn = Callable[[Job, list[str]], None]
+
+
+def compare(
+    rows: Sequence[Row],
+    setting: Setting,
+    output: str | Path,
+    *,
+    texts: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    work: str | Path | None = None,
+    console: Console | None = None,
+    spawn: Spawn | None = None,
+) -> dict[str, Any]:
+    """Run the rows that are not finished yet, one after another; the work behind `bimos compare`.
+
+    Texts and tasks may be added later: rows that are finished but for them are then measured, not made again.
+
+    Args:
+        texts: names of evaluation texts (`bimos.evaluation.texts`).
+        tasks: names of zero-shot tasks or groups.
+        work: where checkpoints and unfinished work are kept. None: the folder `work` of `output`.
+        spawn: does steps of a row and raises BimosError; by default in a process of their own.
+
+    Returns:
+        What `comparison.json` holds: `setting`, and `rows`, every finished one in `output`.
+
+    Raises:
+        BimosError: bad input, another run at work in `output`, rows of another setting there; or rows that failed, the others finished.
+    """
+    output = Path(output).expanduser()
+    folder = Path(work).expanduser() if work else output / "work"
+    check_place(output)
+    given = {load_text(text).name: text for text in texts}
+    if len(given) < len(texts):
+        raise BimosError(f"two of the texts {', '.join(texts)} have one name; rename a file")
+    names = expand(tasks) if tasks else []
+    if names:
+        check_tasks(names)
+    _check_fit(rows, setting.model)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BimosError(f"cannot write to '{error.filename}': {error.strerror}; name another output directory") from None
+    try:
+        lock = FileLock(output / ".lock", timeout=0).acquire()
+    except Timeout:
+        raise BimosError(f"'{output}' is in use by another run of bimos compare; let it finish, or name another directory") from None
+    failed: dict[str, str] = {}
+    with lock:
+        setting = setting.settle(output)
+        for row in rows:
+            _check_same(output, folder, row)
+        for row in rows:
+            job = Job(
+                *(setting.model, row.name, None if row.config is None else row.config.to_dict(), given, names),
+                *(setting.windows, setting.limit, str((folder / row.slug).resolve()), str((folder / "cache").resolve())),
+            )
+            try:
+                _finish(output, row, job, console, spawn or _in_a_process)
+            except BimosError as error:
+                failed[row.name] = str(error)
+                if console is not None:
+                    console.print(f"{row.name} failed: {error}", markup=False)
+            write_pages(output, read(output))
+        result = read(output)
+    if failed:
+        name, reason = next(iter(failed.items()))
+        others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise BimosError(f"row '{name}'{others} failed: {reason}; {len(result['rows'])} rows are finished, run again for the others")
+    return result
+
+
+def read(output: Path) -> dict[str, Any]:
+    """Setting and finished rows of a comparison. Raises BimosError: there is none."""
+    setting = read_setting(output)
+    try:
+        rows = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((output / "rows").glob("*.json"))]
+    except (OSError, ValueError) as error:
+        raise BimosError(f"cannot read the comparison in '{output}': {' '.join(str(error).split())}") from None
+    return {"setting": setting, "rows": rows}
+
+
+def _finish(output: Path, row: Row, job: Job, console: Console | None, spawn: Spawn) -> None:
+    path, folder = output / "rows" / f"{row.slug}.json", Path(job.folder)
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if known is not None:
+        wanted = {"perplexity": set(job.texts), "tasks": set(job.tasks)}
+        if all(names <= known[key].keys() for key, names in wanted.items()):
+            if console is not None:
+                console.print(f"{row.name}: finished", markup=False)
+            return
+        if not (folder / "made.json").exists():
+            raise BimosError(f"there is more to measure, and '{folder}' has no model of it any more; take the row out of '{output}'")
+    if console is not None:
+        console.rule(row.name)
+    write_json(folder / "job.json", dataclasses.asdict(job))
+    spawn(job, ["make", "evaluate"])
+    spawn(job, ["speed"])  # by itself: peak memory is that of a process
+    parts = {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("made", "evaluation", "speed")}
+    write_json(path, {"row": row.name, **parts["made"], "config": job.config, **parts["evaluation"], "speed": parts["speed"]})
+
+
+def _in_a_process(job: Job, steps: list[str]) -> None:
+    """Ends with this process: its standard input closes then."""
+    error = Path(job.folder) / "error.txt"
+    error.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "bimos.comparison.work", str(Path(job.folder) / "job.json"), *steps]
+    reading, writing = os.pipe()
+    try:
+        code = subprocess.run(command, stdin=reading).returncode
+    finally:
+        os.close(reading)
+        os.close(writing)
+    if code == 2 and error.exists():
+        raise BimosError(error.read_text(encoding="utf-8"))
+    if code:
+        reason = "was killed (for want of memory?)" if code == -9 else f"ended with exit code {code}"
+        raise BimosError(f"its process {reason}")
+
+
+def _check_fit(rows: Sequence[Row], model: str) -> None:
+    """Raises BimosError: a row whose method cannot store this model's linears, or whose `skip` matches none."""
+    empty = empty_model(load_config(model))
+    for row in rows:
+        try:
+            linears = convertible_linears(empty, row.config.skip if row.config else ())
+            if row.config is not None:
+                method = method_config(row.config.method, row.config.options)
+                for linear in linears.values():
+                    method.packed_layout(linear.in_features, linear.out_features, linear.bias is not None)
+        except BimosError as error:
+            raise BimosError(f"row '{row.name}': {error}") from None
+
+
+def _check_same(output: Path, folder: Path, row: Row) -> None:
+    """Raises BimosError: the row was finished, or begun, with another recipe."""
+    for path in (output / "rows" / f"{row.slug}.json", folder / row.slug / "job.json"):
+        if not path.exists():
+            continue
+        known = json.loads(path.read_text(encoding="utf-8"))
+        before = flat(known["config"] or {})
+        now = flat(json.loads(json.dumps(row.config.to_dict())) if row.config else {})
+        options = {key for key in before.keys() ^ now.keys() if key.startswith("options.")}  # others are news of a version
+        for key in sorted((before.keys() & now.keys()) | options):
+            if before.get(key) != now.get(key):
+                raise BimosError(
+                    f"row '{row.name}' in '{output}' was run with {key}={before.get(key)}, now it is {now.get(key)}; "
+                    "give the same, or another directory"
+                )

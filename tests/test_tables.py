@@ -1,0 +1,76 @@
+"""The tables of README and docs/results.md are what the JSON says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str | int | None:
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
+    with pytest.raises(SystemExit) as ended:
+        tables.main()
+    return ended.value.code
+
+
+def test_the_documents_are_what_the_json_says(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check(tables, monkeypatch) == 0
+
+
+def test_comparisons_fill_both_documents(tables: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("README.md", "docs", "benchmarks/results"):
+        source, target = ROOT / name, tmp_path / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    row = {
+        "row": "binarymos:num_experts=2",
+        "body_bits_per_weight": 1.125,
+        "bits_per_parameter": 2.5,
+        "total_bytes": 45_000_000,
+        "perplexity": {"wikitext2": {"value": 123.25, "stderr": 1.5, "windows": 16, "context": 2048, "text": "WikiText-2"}},
+        "tasks": {"boolq": {"acc": 0.5, "stderr": 0.125, "acc_norm": None, "acc_norm_stderr": None, "n": 5, "seconds": 1.0}},
+        "stages": [{"name": "distill", "tokens": 4096, "seconds": 90.0, "peak_memory_bytes": 2_000_000}],
+        "speed": {"decode_tokens_per_second": 512.4, "runs_in": "engine, avx512", "why": None, "threads": 2},
+        "versions": {"torch": "2.13.0"},
+        "machine": {"cpu": "CPU", "cores": 2},
+        "commit": "0123456789abcdef",
+    }
+    setting = {"model": "some/model", "data": "wiki.txt", "tokens": 4096, "minutes": None, "seed": 0, "embedding_bits": 8, "limit": 5}
+    folder = tmp_path / "benchmarks" / "results" / "compare-small"
+    folder.mkdir()
+    (folder / "pareto.svg").write_text("<svg/>")
+    (folder / "comparison.json").write_text(json.dumps({"setting": setting, "rows": [row]}))
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", folder.parent)
+    monkeypatch.setattr(tables, "DOCUMENT", tmp_path / "docs" / "results.md")
+    assert "README.md, results.md" in str(check(tables, monkeypatch))
+    monkeypatch.setattr(sys, "argv", ["tables.py"])
+    tables.main()
+    readme, document = (tmp_path / "README.md").read_text(), (tmp_path / "docs" / "results.md").read_text()
+    for text, plot in (
+        (readme, "benchmarks/results/compare-small/pareto.svg"),
+        (document, "../benchmarks/results/compare-small/pareto.svg"),
+    ):
+        assert "| binarymos:num_experts=2 | 1.125 | 2.500 | 45.0 MB | 123 ± 1.5 |" in text and f"]({plot})" in text
+    assert "[docs/results.md](docs/results.md)" in readme
+    assert "50.0 ± 12.5" in document and "0123456789ab" in document and "## small" in document
+    assert check(tables, monkeypatch) == 0
+    (folder / "comparison.json").write_text(json.dumps({"setting": setting, "rows": [row | {"body_bits_per_weight": 1.5}]}))
+    assert "run benchmarks/tables.py" in str(check(tables, monkeypatch))
