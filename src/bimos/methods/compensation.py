@@ -95,14 +95,16 @@ def sweep(weight: Tensor, factor: Tensor, rounded: Callable[[int, Tensor], Tenso
     width = weight.shape[1]
     for start in range(0, width, PANEL):
         end = min(width, start + PANEL)
-        panel, local = weight[:, start:end], factor[start:end, start:end]
+        # A column at a time is a row at a time of the transposed panel, whose values lie side by side.
+        panel, local = weight[:, start:end].T.contiguous(), factor[start:end, start:end]
+        diagonal = local.diagonal().tolist()
         errors = torch.empty_like(panel)
         for j in range(end - start):
-            value = panel[:, j]
-            error = (value - rounded(start + j, value)) / local[j, j]
-            errors[:, j] = error
-            panel[:, j + 1 :].addr_(error, local[j, j + 1 :], alpha=-1)
-        weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
+            value = panel[j]
+            error = torch.sub(value, rounded(start + j, value), out=errors[j]).div_(diagonal[j])
+            panel[j + 1 :].addr_(local[j, j + 1 :], error, alpha=-1)
+        weight[:, start:end] = panel.T
+        weight[:, end:].addmm_(errors.T, factor[start:end, end:], alpha=-1)
     return weight
 
 
