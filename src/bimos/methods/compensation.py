@@ -8,7 +8,8 @@ still to come. Between sweeps the scales are refit to the signs by least squares
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -75,6 +76,17 @@ def _error(weight: Tensor, fit: Fit, gram: Tensor) -> float:
     return ((difference @ gram) * difference).sum().item()
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Operators on one column are too short to be shared by cores: on a busy machine they wait for each other longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _by_signs(row: Tensor, column: Tensor) -> Callable[[int, Tensor], Tensor]:
     def rounded(j: int, value: Tensor) -> Tensor:
         scale = row * column[j]
@@ -99,10 +111,11 @@ def sweep(weight: Tensor, factor: Tensor, rounded: Callable[[int, Tensor], Tenso
         panel, local = weight[:, start:end].T.contiguous(), factor[start:end, start:end]
         diagonal = local.diagonal().tolist()
         errors = torch.empty_like(panel)
-        for j in range(end - start):
-            value = panel[j]
-            error = torch.sub(value, rounded(start + j, value), out=errors[j]).div_(diagonal[j])
-            panel[j + 1 :].addr_(local[j, j + 1 :], error, alpha=-1)
+        with _one_thread():
+            for j in range(end - start):
+                value = panel[j]
+                error = torch.sub(value, rounded(start + j, value), out=errors[j]).div_(diagonal[j])
+                panel[j + 1 :].addr_(local[j, j + 1 :], error, alpha=-1)
         weight[:, start:end] = panel.T
         weight[:, end:].addmm_(errors.T, factor[start:end, end:], alpha=-1)
     return weight
