@@ -8,7 +8,8 @@ still to come. Between sweeps the scales are refit to the signs by least squares
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -95,6 +96,17 @@ def _error(weight: Tensor, fit: Fit, gram: Tensor) -> float:
     return ((difference @ gram) * difference).sum().item()
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Operators on one column are too short to be shared by cores: on a busy machine they wait for each other longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _by_signs(row: Tensor, column: Tensor) -> Callable[[int, Tensor], Tensor]:
     def rounded(j: int, value: Tensor) -> Tensor:
         scale = row * column[j]
@@ -123,16 +135,19 @@ def sweep(
     width = weight.shape[1]
     for start in range(0, width, panel):
         end = min(width, start + panel)
-        values, local = weight[:, start:end], factor[start:end, start:end]
         if begin is not None:
-            begin(start, values)
+            begin(start, weight[:, start:end])
+        # A column at a time is a row at a time of the transposed panel, whose values lie side by side.
+        values, local = weight[:, start:end].T.contiguous(), factor[start:end, start:end]
+        diagonal = local.diagonal().tolist()
         errors = torch.empty_like(values)
-        for j in range(end - start):
-            value = values[:, j]
-            error = (value - rounded(start + j, value)) / local[j, j]
-            errors[:, j] = error
-            values[:, j + 1 :].addr_(error, local[j, j + 1 :], alpha=-1)
-        weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
+        with _one_thread():
+            for j in range(end - start):
+                value = values[j]
+                error = torch.sub(value, rounded(start + j, value), out=errors[j]).div_(diagonal[j])
+                values[j + 1 :].addr_(local[j, j + 1 :], error, alpha=-1)
+        weight[:, start:end] = values.T
+        weight[:, end:].addmm_(errors.T, factor[start:end, end:], alpha=-1)
     return weight
 
 

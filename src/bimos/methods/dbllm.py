@@ -108,11 +108,10 @@ class DualBinaryLinear(TrainableLinear):
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, config).to(linear.weight.device)
         weight, size = linear.weight.detach().float(), layer.group_size
         fit = dual_fit(weight, statistics.second_moment, statistics.gram, size, config.compensation, config.iterations)
-        decision = fit.decision
+        as_they_are = not config.relative_latents and (statistics.gram is None or config.compensation == 0)
+        decision = fit.decision if as_they_are else into_cells(fit, size)
         if config.relative_latents:
-            first, second = by_input(fit.scale, size, linear.in_features)
-            bits = torch.stack(dual_bits(decision, first, second))
-            decision = into_cells(decision, bits, fit.scale, size) / by_input(step_of(fit.scale), size, linear.in_features)
+            decision = decision / by_input(step_of(fit.scale), size, linear.in_features)
         with torch.no_grad():
             layer.weight.copy_(decision)
             layer.scale.copy_(fit.scale)
@@ -152,7 +151,7 @@ class DBLLMConfig(MethodConfig):
 
     group_size: int | None = 64  # inputs that share two scales, the last ones of a row maybe fewer; None: the whole row
     compensation: int = 3  # rounds in which bits make good each other's errors, where inputs are known
-    iterations: int = 8  # of bits and free scales in turns; 0: a1 = 2s, a2 = -s at the best s
+    iterations: int = 4  # of bits and free scales in turns; 0: a1 = 2s, a2 = -s at the best s
     relative_latents: bool = True  # latents in steps of their group's levels; False: the weights themselves
 
     def __post_init__(self) -> None:

@@ -15,19 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bimos.methods.compensation import prepared, sweep
+from bimos.methods.compensation import DAMPING, prepared, sweep
 from bimos.packing.groups import by_input, count_groups
 
 SHARES = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.85)  # of a group's largest weight, that s is looked for among
 REFITS = 6  # of s, to the levels that the weights have taken
 MARGIN = 0.02  # of a step, by which a latent is inside its cell
-ROWS = 512  # whose normal equations are held at a time
+PASSES = 2  # over the groups of a row, when its scales are refit
 
 
 class DualFit(NamedTuple):
-    """Scales a1 and a2 `[2, out, groups]`; `decision [out, in]` is what each pair of bits was taken of."""
+    """Scales a1 and a2 `[2, out, groups]` and bits, bool `[2, out, in]`; `decision [out, in]` is what each pair of bits was taken of."""
 
     scale: Tensor
+    bits: Tensor
     decision: Tensor
 
 
@@ -51,57 +52,52 @@ def dual_fit(weight: Tensor, second_moment: Tensor, gram: Tensor | None, group_s
         rounds: sweeps with error compensation, where there is a `gram`.
         iterations: of bits and free scales in turns; 0 leaves a1 = 2 s and a2 = -s.
     """
-    scale = _free(weight, second_moment, _lattice(weight, second_moment, group_size), group_size, iterations)
-    best = DualFit(scale, weight)
+    scale, bits = _free(weight, second_moment, _lattice(weight, second_moment, group_size), group_size, iterations)
+    best = DualFit(scale, bits, weight)
     if gram is None or rounds == 0:
         return best
     gram = gram / gram.diagonal().mean().clamp_min(1e-30)
-    least = _error(weight, best, gram, group_size)
     damped, order, factor = prepared(gram)
-    back, group_of = order.argsort(), order // group_size
+    difference = weight - dual_weight(best, group_size)
+    least = ((difference @ gram) * difference).sum().item()
+    back, group_of = order.argsort(), (order // group_size).tolist()
     for _ in range(rounds):
-        columns = scale.movedim(2, 0)  # [groups, 2, out]
+        columns = scale.movedim(2, 0).contiguous().unbind()  # of every group [2, out]
 
-        def rounded(j: int, value: Tensor, columns: Tensor = columns) -> Tensor:
+        def rounded(j: int, value: Tensor, columns: tuple[Tensor, ...] = columns) -> Tensor:
             first, second = columns[group_of[j]]
             one, two = dual_bits(value, first, second)
             return first * one + second * two
 
         decision = sweep(weight[:, order], factor, rounded)[:, back]
-        bits = torch.stack(dual_bits(decision, *by_input(scale, group_size, weight.shape[1]))).float()
-        scale = torch.cat(
-            [_refit(weight[rows], damped, bits[:, rows], scale[:, rows], group_size) for rows in torch.arange(len(weight)).split(ROWS)],
-            dim=1,
-        )
-        fit = DualFit(scale, into_cells(decision, bits > 0, scale, group_size))
-        error = _error(weight, fit, gram, group_size)
+        bits = torch.stack(dual_bits(decision, *by_input(scale, group_size, weight.shape[1])))
+        scale, error = _refit(weight, damped, bits, scale, group_size)
         if error < least:
-            best, least = fit, error
+            best, least = DualFit(scale, bits, decision), error
     return best
 
 
 def dual_weight(fit: DualFit, group_size: int) -> Tensor:
     """`a1 b1 + a2 b2`, float32 `[out, in]`."""
+    return (by_input(fit.scale, group_size, fit.decision.shape[1]) * fit.bits).sum(0)
+
+
+def into_cells(fit: DualFit, group_size: int) -> Tensor:
+    """What bits were taken of `[out, in]`, moved as little as it takes to lie inside their cells and between the outer levels."""
     first, second = by_input(fit.scale, group_size, fit.decision.shape[1])
-    one, two = dual_bits(fit.decision, first, second)
-    return first * one + second * two
-
-
-def into_cells(decision: Tensor, bits: Tensor, scale: Tensor, group_size: int) -> Tensor:
-    """`decision`, moved as little as it takes to lie inside the cells of these bits, bool `[2, out, in]`, and between the outer levels."""
-    first, second = by_input(scale, group_size, decision.shape[1])
     turn = torch.where(first < 0, -1.0, 1.0)
-    a1, a2, (one, two) = first.abs(), second.abs(), bits
+    a1, a2, (one, two) = first.abs(), second.abs(), fit.bits
     low = torch.where(one, torch.where(two, (a1 - a2) / 2, a1 - a2 / 2), torch.where(two, -a2, -a2 / 2))
     high = torch.where(one, torch.where(two, a1 - a2 / 2, a1), torch.where(two, -a2 / 2, (a1 - a2) / 2))
     margin = MARGIN * (a1 + a2) / 3
-    return turn * (turn * decision).clamp(low + margin, high - margin)
+    return turn * (turn * fit.decision).clamp(low + margin, high - margin)
 
 
 def _grouped(values: Tensor, group_size: int) -> Tensor:
     """`[..., in]` to `[..., groups, g]`, zeros where the last group has no inputs."""
     groups = count_groups(values.shape[-1], group_size)
-    return F.pad(values, (0, groups * group_size - values.shape[-1])).unflatten(-1, (groups, group_size))
+    missing = groups * group_size - values.shape[-1]
+    return (F.pad(values, (0, missing)) if missing else values).unflatten(-1, (groups, group_size))
 
 
 def _lattice(weight: Tensor, second_moment: Tensor, group_size: int) -> Tensor:
@@ -129,22 +125,31 @@ def _lattice(weight: Tensor, second_moment: Tensor, group_size: int) -> Tensor:
     return torch.stack([2 * best, -best])
 
 
-def _free(weight: Tensor, second_moment: Tensor, scale: Tensor, group_size: int, iterations: int) -> Tensor:
-    """Scales `[2, out, groups]` after bits and scales in turns; each group keeps what had the least error."""
+def _free(weight: Tensor, second_moment: Tensor, scale: Tensor, group_size: int, iterations: int) -> tuple[Tensor, Tensor]:
+    """Scales `[2, out, groups]` and bits, bool `[2, out, in]`, taken in turns; each group keeps what had the least error."""
     w = _grouped(weight, group_size)
     h = _grouped((second_moment / second_moment.mean().clamp_min(1e-30)).clamp_min(1e-6), group_size)
-    for _ in range(iterations):
+
+    def taken(scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Bits `[2, out, groups, g]` and what they leave of the error."""
         first, second = scale[..., None]
-        one, two = (bit.float() for bit in dual_bits(w, first, second))
-        before = (h * (w - first * one - second * two).square()).sum(-1)
-        n11, n22, n12 = (h * one).sum(-1), (h * two).sum(-1), (h * one * two).sum(-1)
-        r1, r2 = (h * one * w).sum(-1), (h * two * w).sum(-1)
+        one, two = dual_bits(w, first, second)
+        return torch.stack([one, two]), (h * (w - first * one - second * two).square()).sum(-1)
+
+    bits, least = taken(scale)
+    for _ in range(iterations):
+        one, two = bits.float()
+        weighted = h * one
+        n11, n12, r1 = weighted.sum(-1), (weighted * two).sum(-1), (weighted * w).sum(-1)
+        weighted = h * two
+        n22, r2 = weighted.sum(-1), (weighted * w).sum(-1)
         determinant = n11 * n22 - n12 * n12
         solved = torch.stack([r1 * n22 - r2 * n12, r2 * n11 - r1 * n12]) / determinant.clamp_min(1e-12)
-        one, two = (bit.float() for bit in dual_bits(w, *solved[..., None]))
-        after = (h * (w - solved[0][..., None] * one - solved[1][..., None] * two).square()).sum(-1)
-        scale = torch.where((after < before) & (determinant > 1e-12) & _is_in_order(solved), solved, scale)
-    return scale
+        new, error = taken(solved)
+        better = (error < least) & (determinant > 1e-12) & _is_in_order(solved)
+        scale, bits = torch.where(better, solved, scale), torch.where(better[..., None], new, bits)
+        least = torch.where(better, error, least)
+    return scale, bits.flatten(2)[..., : weight.shape[1]]
 
 
 def _is_in_order(scale: Tensor) -> Tensor:
@@ -152,27 +157,28 @@ def _is_in_order(scale: Tensor) -> Tensor:
     return (scale[0] * scale[1] < 0) & (scale[1].abs() < 0.95 * scale[0].abs())
 
 
-def _refit(weight: Tensor, gram: Tensor, bits: Tensor, scale: Tensor, group_size: int) -> Tensor:
-    """All scales of a row by least squares for fixed bits, float32 `[2, out, in]`; where a pair comes out of order, as it was."""
-    groups = scale.shape[2]
-    normal = weight.new_empty(len(weight), 2, groups, 2, groups)
-    for group in range(groups):
+def _refit(weight: Tensor, gram: Tensor, bits: Tensor, scale: Tensor, group_size: int) -> tuple[Tensor, float]:
+    """Scales by least squares for fixed bits, a group at a time given all others; and the error, without the damping of `gram`.
+
+    A pair that would come out of order stays as it is.
+    """
+    scale, ones = scale.clone(), bits.float()
+    difference = weight - (by_input(scale, group_size, weight.shape[1]) * ones).sum(0)
+    product = difference @ gram
+    for group in [*range(scale.shape[2])] * PASSES:
         columns = slice(group * group_size, (group + 1) * group_size)
-        product = bits[:, :, columns] @ gram[columns]  # [2, out, in]
-        for p in range(2):
-            for q in range(2):
-                normal[:, p, :, q, group] = _grouped(bits[p] * product[q], group_size).sum(-1)
-    right = _grouped(bits * (weight @ gram), group_size).sum(-1)  # [2, out, groups]
-    flat = normal.flatten(3, 4).flatten(1, 2)
-    diagonal = flat.diagonal(dim1=1, dim2=2)
-    # Held a little to the scales before: a plane that has no ones in a group would otherwise be arbitrary.
-    ridge = 0.01 * (diagonal + diagonal.mean(1, keepdim=True)).clamp_min(1e-30)
-    before = scale.movedim(1, 0).flatten(1)  # [out, 2 groups]
-    solved = torch.linalg.solve(flat + torch.diag_embed(ridge), right.movedim(1, 0).flatten(1) + ridge * before)
-    solved = solved.unflatten(1, (2, groups)).movedim(0, 1)
-    return torch.where(_is_in_order(solved), solved, scale)
-
-
-def _error(weight: Tensor, fit: DualFit, gram: Tensor, group_size: int) -> float:
-    difference = weight - dual_weight(fit, group_size)
-    return ((difference @ gram) * difference).sum().item()
+        one, two = ones[:, :, columns]
+        at_one, at_two = one @ gram[columns, columns], two @ gram[columns, columns]
+        n11, n12, n22 = (at_one * one).sum(-1), (at_one * two).sum(-1), (at_two * two).sum(-1)
+        r1, r2 = (product[:, columns] * one).sum(-1), (product[:, columns] * two).sum(-1)
+        # Held a little to what they are: a plane without ones, or one that is the other's, would otherwise be arbitrary.
+        held = 0.01 * (n11 + n22).clamp_min(1e-30)
+        n11, n22 = n11 + held, n22 + held
+        determinant = (n11 * n22 - n12 * n12).clamp_min(1e-30)
+        change = torch.stack([r1 * n22 - r2 * n12, r2 * n11 - r1 * n12]) / determinant
+        change = torch.where(_is_in_order(scale[:, :, group] + change), change, 0.0)
+        scale[:, :, group] += change
+        moved = change[0][:, None] * one + change[1][:, None] * two
+        difference[:, columns] -= moved
+        product.addmm_(moved, gram[columns], alpha=-1)
+    return scale, ((product - DAMPING * difference) * difference).sum().item()
