@@ -151,7 +151,7 @@ void Reader::read(const std::vector<Token>& tokens) {
       sine_[static_cast<size_t>(t * half + j)] = std::sin(angle) * shape.rope_scale;
     }
   }
-  Work work{*this, used, maths::maths_for(used.name), tokens, count >= 2 * kTokens * team_.size(), {}};
+  Work work{*this, used, maths::maths_for(used.name), tokens, count >= kTokens * team_.size(), {}};
   if (work.by_tokens) work.runs = runs_of(tokens);
   team_.run(rank_main, &work);
   for (const Token& token : tokens) token.sequence->extend(token.position + 1);
