@@ -131,7 +131,7 @@ def test_perplexity_against_experts_is_drawn(routed: Path, tmp_path: Path) -> No
     setting = {"model": "m", "data": "d", "tokens": 1, "minutes": None, "seed": 0, "embedding_bits": 8}
     write_json(comparison / "setting.json", setting | {"windows": None, "tasks": False, "limit": None, "text_bytes": {}})
     for row in compared(("binarymos:num_experts=2", 2, 55.0), ("binarymos", 4, 50.0))["rows"]:
-        write_json(comparison / "rows" / f"{row['experts']}.json", row)
+        write_json(comparison / "rows" / f"{row['experts']}.json", row | {"config": {}})
     result = inspect(routed, TEXT.text, tmp_path / "out", tokens=16, comparison=comparison)
     assert result["pictures"][-1] == "experts.png" and (tmp_path / "out" / "experts.png").stat().st_size > 5000
     with pytest.raises(BimosError, match="holds no comparison"):

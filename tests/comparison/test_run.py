@@ -154,6 +154,12 @@ def test_directories_that_are_something_else(compare_tiny: Compare, tmp_path: Pa
     refused(compare_tiny, tmp_path / "broken", ("setting.json", "damaged"))
 
 
+def test_a_damaged_row_is_named(compared: Compared, compare_tiny: Compare, tmp_path: Path) -> None:
+    output = copied(compared, tmp_path / "out")
+    (output / "rows" / "fp16.json").write_text('{"row": "fp16"')
+    refused(compare_tiny, output, ("fp16.json", "damaged"))
+
+
 def test_a_directory_in_use_is_refused(compared: Compared, compare_tiny: Compare, tmp_path: Path) -> None:
     output = copied(compared, tmp_path / "out")
     with FileLock(output / ".lock"):

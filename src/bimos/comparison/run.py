@@ -109,16 +109,13 @@ def compare(
 def read(output: Path) -> dict[str, Any]:
     """Setting and finished rows of a comparison. Raises BimosError: there is none."""
     setting = read_setting(output)
-    try:
-        rows = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((output / "rows").glob("*.json"))]
-    except (OSError, ValueError) as error:
-        raise BimosError(f"cannot read the comparison in '{output}': {' '.join(str(error).split())}") from None
+    rows = [_load(file) for file in sorted((output / "rows").glob("*.json"))]
     return {"setting": setting, "rows": rows}
 
 
 def _finish(output: Path, row: Row, job: Job, console: Console | None, spawn: Spawn) -> None:
     path, folder = output / "rows" / f"{row.slug}.json", Path(job.folder)
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    known = _load(path) if path.exists() else None
     if known is not None:
         wanted = {"perplexity": set(job.texts), "tasks": set(job.tasks)}
         if all(names <= known[key].keys() for key, names in wanted.items()):
@@ -134,6 +131,16 @@ def _finish(output: Path, row: Row, job: Job, console: Console | None, spawn: Sp
     spawn(job, ["speed"])  # by itself: peak memory is that of a process
     parts = {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("made", "evaluation", "speed")}
     write_json(path, {"row": row.name, **parts["made"], "config": job.config, **parts["evaluation"], "speed": parts["speed"]})
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(known, dict) and "config" in known:
+            return known
+    except (OSError, ValueError):
+        pass
+    raise BimosError(f"'{path}' is damaged; delete it, and the row is done again")
 
 
 def _in_a_process(job: Job, steps: list[str]) -> None:
@@ -173,7 +180,7 @@ def _check_same(output: Path, folder: Path, row: Row) -> None:
     for path in (output / "rows" / f"{row.slug}.json", folder / row.slug / "job.json"):
         if not path.exists():
             continue
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = _load(path)
         before = flat(known["config"] or {})
         now = flat(json.loads(json.dumps(row.config.to_dict())) if row.config else {})
         options = {key for key in before.keys() ^ now.keys() if key.startswith("options.")}  # others are news of a version

@@ -32,6 +32,7 @@ from bimos.models import convertible_linears, empty_model, load_config, load_mod
 from bimos.quantize import run
 from bimos.resume import WORK, settle
 from bimos.training.data import tokenizer_digest
+from bimos.training.progress import Progress
 
 LAST_BREATH = 30.0  # seconds that a process whose starter was killed may take to end
 SPEED = Runs(prompts=(16,), batches=(1,), tokens=32, repeats=3)
@@ -92,13 +93,18 @@ def evaluate(job: Job, console: Console | None) -> None:
     if not texts and not tasks:
         return
     model, tokenizer = load_teacher(job.model) if job.config is None else (load_model(job.source), load_tokenizer(job.source))
-    for name, given in texts.items():
-        began = time.monotonic()
-        measured = perplexity(model, tokenizer, load_text(given), windows=job.windows).to_dict()
-        known["perplexity"][name] = measured | {"seconds": time.monotonic() - began}
-        write_json(path, known)
-        if console is not None:
-            console.print(f"perplexity of {measured['text']}: {measured['value']:.2f} ± {measured['stderr'] or 0:.2f}", markup=False)
+    with Progress(console) as bar:
+        for name, given in texts.items():
+            text, began = load_text(given), time.monotonic()
+            bar.begin(f"perplexity of {text.label}", 1)
+            measured = perplexity(
+                model, tokenizer, text, windows=job.windows, progress=lambda done, total, _: bar.set(done / total)
+            ).to_dict()
+            known["perplexity"][name] = measured | {"seconds": time.monotonic() - began}
+            write_json(path, known)
+            bar.end()
+            if console is not None:
+                console.print(f"perplexity of {measured['text']}: {measured['value']:.2f} ± {measured['stderr'] or 0:.2f}", markup=False)
 
     def keep(name: str, scores: dict[str, Any]) -> None:
         known["tasks"][name] = scores
@@ -167,7 +173,7 @@ def main() -> None:
     _end_with_starter()
     quiet()
     try:
-        work(job, steps, console())
+        work(job, steps, console(Path("-")))  # on stderr: stdout is for the JSON of the command
     except BimosError as error:
         write_text(Path(job.folder) / "error.txt", str(error))
         sys.exit(2)

@@ -27,7 +27,7 @@ class Harness(HFLM):
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_tokens: int, cache: Path | None) -> None:
-        # A copy, because it sets a padding token. Log-probabilities in float32: sums of bfloat16's would tie where logits do not.
+        # A copy, because it sets a padding token. Log-probabilities in float32: rounded to bfloat16 their sums can tie.
         super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size="auto", softmax_dtype=torch.float32)
         self._batch_tokens, self._cache = batch_tokens, cache
         self._known: dict[str, list[list[int]]] = {}
