@@ -32,7 +32,7 @@ def make_seeds(directory: Path) -> list[Path]:
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **CONFIGS[kind]))
         for name, module in list(model.named_modules()):
             if type(module) is torch.nn.Linear and name != "lm_head":
-                model.set_submodule(name, Trained(module, 1, 2, None))
+                model.set_submodule(name, Trained(module, 1, 2, None, ()))
         seeds.append(directory / kind)
         pack_model(model, method="any", options={}, embedding_bits=bits).save_pretrained(seeds[-1])
     return seeds
