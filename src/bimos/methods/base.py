@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
@@ -91,11 +92,25 @@ class TrainableLinear(nn.Module):
     uses_signs: ClassVar[bool] = True  # whether latents are used through `sign_ste`: their signs are then made once for both threads
 
     def __init__(self, in_features: int, out_features: int, bias: bool, config: Any) -> None:
-        """Parameters of the right shapes; their values do not matter."""
+        """Parameters of the right shapes; their values do not matter. The bias is made here, zero."""
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.config = config
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    @classmethod
+    def shaped_like(cls, linear: nn.Linear, config: Any) -> Self:
+        """A layer with the shape, the device and the bias of `linear`.
+
+        Raises:
+            BimosError: the method cannot store a linear of that shape.
+        """
+        config.packed_layout(linear.in_features, linear.out_features, False)
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, config).to(linear.weight.device)
+        if layer.bias is not None:
+            layer.bias.data.copy_(linear.bias.detach())
+        return layer
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: MethodConfig, statistics: InputStatistics, generator: torch.Generator) -> Self:
@@ -118,6 +133,20 @@ class TrainableLinear(nn.Module):
         """Every parameter, once, by its role: `latent`, `scale`, `router` or `bias`. Roles get learning rates."""
         raise NotImplementedError
 
+    def plus_bias(self, y: Tensor) -> Tensor:
+        """`y [..., out]` and the bias, if there is one, in the dtype of `y`."""
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def packed_bias(self) -> dict[str, Tensor]:
+        """The last of the stored tensors, if there is a bias."""
+        return {} if self.bias is None else {"bias": self.bias.detach().half()}
+
+    def by_role(
+        self, latent: list[nn.Parameter], scale: list[nn.Parameter], router: Sequence[nn.Parameter] = ()
+    ) -> dict[str, list[nn.Parameter]]:
+        """What `roles` returns, with the bias added."""
+        return {"latent": latent, "scale": scale, "router": list(router), "bias": [] if self.bias is None else [self.bias]}
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, config={self.config}"
 
@@ -135,8 +164,8 @@ def register(config_class: type[MethodConfigT]) -> type[MethodConfigT]:
     return config_class
 
 
-def require_multiple_of_8(in_features: int) -> None:
-    """Planes hold eight weights a byte.
+def plane_layout(planes: int, in_features: int, out_features: int) -> dict[str, StoredTensor]:
+    """The layout of sign planes: `weight`, eight weights a byte.
 
     Raises:
         BimosError: `in_features` is not a multiple of 8.
@@ -145,3 +174,9 @@ def require_multiple_of_8(in_features: int) -> None:
         raise BimosError(
             f"a linear with in_features={in_features} cannot be packed: planes need a multiple of 8; exclude it with --set skip=[...]"
         )
+    return {"weight": StoredTensor((planes, out_features, in_features // 8), torch.uint8)}
+
+
+def bias_layout(out_features: int, bias: bool) -> dict[str, StoredTensor]:
+    """The layout of a bias, or of none."""
+    return {"bias": StoredTensor((out_features,), torch.float16)} if bias else {}

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimos.errors import BimosError
-from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, register, require_multiple_of_8
+from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, bias_layout, plane_layout, register
 from bimos.methods.compensation import carry_over, signs_of, statistics_factor
 from bimos.methods.ste import compute_dtype, sign_ste
 from bimos.packing.format import pack_signs
@@ -74,12 +74,10 @@ class BiLLMLinear(TrainableLinear):
         self.scale = nn.Parameter(torch.ones(2, out_features, blocks))
         self.scale_salient = nn.Parameter(torch.ones(2, out_features, blocks))
         self.register_buffer("salient", torch.zeros(in_features, dtype=torch.bool))
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: Any, statistics: InputStatistics, generator: torch.Generator) -> Self:
-        config.packed_layout(linear.in_features, linear.out_features, False)  # refuses shapes that do not fit
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, config).to(linear.weight.device)
+        layer = cls.shaped_like(linear, config)
         weight = linear.weight.detach().float().clone()
         factor = statistics_factor(statistics, config.damping)
         with torch.no_grad():
@@ -90,8 +88,6 @@ class BiLLMLinear(TrainableLinear):
                 carry_over(weight, factor, start, columns - block.weight())
                 layer.weight[:, :, inputs], layer.salient[inputs] = block.latent, block.salient
                 layer.scale[:, :, index], layer.scale_salient[:, :, index] = block.scale, block.scale_salient
-            if layer.bias is not None:
-                layer.bias.copy_(linear.bias)
         return layer
 
     @property
@@ -103,22 +99,18 @@ class BiLLMLinear(TrainableLinear):
         salient, others = (by_input(scale, self.group_size, self.in_features) for scale in (self.scale_salient, self.scale))
         weight = sign_ste(self.weight, x) * torch.where(self.salient, salient, others).to(x.dtype)
         y = F.linear(x, weight.sum(0))
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.plus_bias(y)
 
     def pack(self) -> dict[str, Tensor]:
-        tensors = {
+        return {
             "weight": pack_signs(self.weight.detach()),
             "scale_group": self.scale.detach().half(),
             "salient": pack_signs(self.salient.float() - 0.5),
             "scale_salient": self.scale_salient.detach().half(),
-        }
-        if self.bias is not None:
-            tensors["bias"] = self.bias.detach().half()
-        return tensors
+        } | self.packed_bias()
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
-        bias = [] if self.bias is None else [self.bias]
-        return {"latent": [self.weight], "scale": [self.scale, self.scale_salient], "router": [], "bias": bias}
+        return self.by_role(latent=[self.weight], scale=[self.scale, self.scale_salient])
 
 
 @register
@@ -141,17 +133,13 @@ class BiLLMConfig(MethodConfig):
             raise BimosError(f"damping={self.damping}: must be positive")
 
     def packed_layout(self, in_features: int, out_features: int, bias: bool) -> dict[str, StoredTensor]:
-        require_multiple_of_8(in_features)
         scales = StoredTensor((2, out_features, count_groups(in_features, self.block_size)), torch.float16)
-        layout = {
-            "weight": StoredTensor((2, out_features, in_features // 8), torch.uint8),
+        layout = plane_layout(2, in_features, out_features) | {
             "scale_group": scales,
             "salient": StoredTensor((in_features // 8,), torch.uint8),
             "scale_salient": scales,
         }
-        if bias:
-            layout["bias"] = StoredTensor((out_features,), torch.float16)
-        return layout
+        return layout | bias_layout(out_features, bias)
 
 
 def binarize_block(weight: Tensor, factor: Tensor) -> Block:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimos.errors import BimosError
-from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, register, require_multiple_of_8
+from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, bias_layout, plane_layout, register
 from bimos.methods.compensation import Fit, compensated_fit, signs_of
 from bimos.methods.coupled import coupled_fit, matrix
 from bimos.methods.mixing import mix, route_and_mix
@@ -54,12 +54,10 @@ class BinaryMoSLinear(TrainableLinear):
         self.weight_2 = nn.Parameter(torch.empty(out_features, in_features)) if two else None
         self.scale_in_2 = nn.Parameter(torch.ones(experts, in_features)) if two else None
         self.scale_out_2 = nn.Parameter(torch.ones(experts, out_features)) if two else None
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: Any, statistics: InputStatistics, generator: torch.Generator) -> Self:
-        config.packed_layout(linear.in_features, linear.out_features, False)  # refuses shapes that do not fit
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, config).to(linear.weight.device)
+        layer = cls.shaped_like(linear, config)
         weight = linear.weight.detach().float()
         experts = config.num_experts
         sample = statistics.sample
@@ -100,8 +98,6 @@ class BinaryMoSLinear(TrainableLinear):
                     # The authors' only symmetry breaker: nn.Linear's own random start.
                     bound = linear.in_features**-0.5
                     layer.router.copy_((torch.rand(layer.router.shape, generator=generator) * 2 - 1) * bound)
-            if layer.bias is not None:
-                layer.bias.copy_(linear.bias)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,7 +110,7 @@ class BinaryMoSLinear(TrainableLinear):
         y = mix(sign_linear(scaled, self.weight), gate, self.scale_out)
         if self.weight_2 is not None and self.scale_in_2 is not None and self.scale_out_2 is not None:
             y = y + mix(sign_linear(mix(x, gate, self.scale_in_2), self.weight_2), gate, self.scale_out_2)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.plus_bias(y)
 
     def pack(self) -> dict[str, Tensor]:
         tensors = {
@@ -124,21 +120,18 @@ class BinaryMoSLinear(TrainableLinear):
         }
         if self.router is not None:
             tensors["router"] = self.router.detach().half()
-        if self.bias is not None:
-            tensors["bias"] = self.bias.detach().half()
-        return tensors
+        return tensors | self.packed_bias()
 
     @staticmethod
     def _planes(first: nn.Parameter, second: nn.Parameter | None) -> list[nn.Parameter]:
         return [first] if second is None else [first, second]
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
-        return {
-            "latent": self._planes(self.weight, self.weight_2),
-            "scale": [*self._planes(self.scale_in, self.scale_in_2), *self._planes(self.scale_out, self.scale_out_2)],
-            "router": [] if self.router is None else [self.router],
-            "bias": [] if self.bias is None else [self.bias],
-        }
+        return self.by_role(
+            latent=self._planes(self.weight, self.weight_2),
+            scale=[*self._planes(self.scale_in, self.scale_in_2), *self._planes(self.scale_out, self.scale_out_2)],
+            router=[] if self.router is None else [self.router],
+        )
 
 
 @register
@@ -172,18 +165,14 @@ class BinaryMoSConfig(MethodConfig):
             raise BimosError(f"latent_magnitude={self.latent_magnitude}: must be positive, or null for the teacher's weights as they are")
 
     def packed_layout(self, in_features: int, out_features: int, bias: bool) -> dict[str, StoredTensor]:
-        require_multiple_of_8(in_features)
         experts = self.num_experts
-        layout = {
-            "weight": StoredTensor((self.planes, out_features, in_features // 8), torch.uint8),
+        layout = plane_layout(self.planes, in_features, out_features) | {
             "scale_in": StoredTensor((self.planes, experts, in_features), torch.float16),
             "scale_out": StoredTensor((self.planes, experts, out_features), torch.float16),
         }
         if experts > 1:
             layout["router"] = StoredTensor((experts, in_features), torch.float16)
-        if bias:
-            layout["bias"] = StoredTensor((out_features,), torch.float16)
-        return layout
+        return layout | bias_layout(out_features, bias)
 
 
 def _latents(decision: Tensor, rows: Tensor, columns: Tensor, magnitude: float | None) -> Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimos.errors import BimosError
-from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, register, require_multiple_of_8
+from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, bias_layout, plane_layout, register
 from bimos.methods.lattice import dual_bits, dual_fit, into_cells
 from bimos.methods.ste import compute_dtype
 from bimos.packing.format import pack_signs
@@ -96,7 +96,6 @@ class DualBinaryLinear(TrainableLinear):
         groups = count_groups(in_features, self.group_size)
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.scale = nn.Parameter(torch.ones(2, out_features, groups))
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     @property
     def group_size(self) -> int:
@@ -104,8 +103,7 @@ class DualBinaryLinear(TrainableLinear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: Any, statistics: InputStatistics, generator: torch.Generator) -> Self:
-        config.packed_layout(linear.in_features, linear.out_features, False)  # refuses shapes that do not fit
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, config).to(linear.weight.device)
+        layer = cls.shaped_like(linear, config)
         weight, size = linear.weight.detach().float(), layer.group_size
         fit = dual_fit(weight, statistics.second_moment, statistics.gram, size, config.compensation, config.iterations)
         as_they_are = not config.relative_latents and (statistics.gram is None or config.compensation == 0)
@@ -115,8 +113,6 @@ class DualBinaryLinear(TrainableLinear):
         with torch.no_grad():
             layer.weight.copy_(decision)
             layer.scale.copy_(fit.scale)
-            if layer.bias is not None:
-                layer.bias.copy_(linear.bias)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,13 +127,10 @@ class DualBinaryLinear(TrainableLinear):
         if weight.isnan().any():
             raise BimosError("weights with NaN cannot be packed; check the model or lower the learning rate")
         planes = torch.stack(dual_bits(weight, first, second))
-        tensors = {"weight": pack_signs(planes.float() - 0.5), "scale_group_01": (scale / 2).half()}
-        if self.bias is not None:
-            tensors["bias"] = self.bias.detach().half()
-        return tensors
+        return {"weight": pack_signs(planes.float() - 0.5), "scale_group_01": (scale / 2).half()} | self.packed_bias()
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
-        return {"latent": [self.weight], "scale": [self.scale], "router": [], "bias": [] if self.bias is None else [self.bias]}
+        return self.by_role(latent=[self.weight], scale=[self.scale])
 
 
 @register
@@ -162,12 +155,7 @@ class DBLLMConfig(MethodConfig):
                 raise BimosError(f"{name}={getattr(self, name)}: must be 0 or more")
 
     def packed_layout(self, in_features: int, out_features: int, bias: bool) -> dict[str, StoredTensor]:
-        require_multiple_of_8(in_features)
+        layout = plane_layout(2, in_features, out_features)
         groups = count_groups(in_features, self.group_size or in_features)
-        layout = {
-            "weight": StoredTensor((2, out_features, in_features // 8), torch.uint8),
-            "scale_group_01": StoredTensor((2, out_features, groups), torch.float16),
-        }
-        if bias:
-            layout["bias"] = StoredTensor((out_features,), torch.float16)
-        return layout
+        layout["scale_group_01"] = StoredTensor((2, out_features, groups), torch.float16)
+        return layout | bias_layout(out_features, bias)

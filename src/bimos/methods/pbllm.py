@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimos.errors import BimosError
-from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, register, require_multiple_of_8
+from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, bias_layout, plane_layout, register
 from bimos.methods.compensation import signs_of, statistics_factor, sweep
 from bimos.methods.ste import compute_dtype, sign_ste
 from bimos.packing.format import pack_signs
@@ -54,12 +54,10 @@ class PBLLMLinear(TrainableLinear):
         self.scale = nn.Parameter(torch.ones(out_features))
         self.scale_salient = nn.Parameter(torch.ones(out_features))
         self.register_buffer("salient", torch.zeros(out_features, in_features, dtype=torch.bool))
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: Any, statistics: InputStatistics, generator: torch.Generator) -> Self:
-        config.packed_layout(linear.in_features, linear.out_features, False)  # refuses shapes that do not fit
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, config).to(linear.weight.device)
+        layer = cls.shaped_like(linear, config)
         weight = linear.weight.detach().float()
         factor = statistics_factor(statistics, config.damping)
         saliency = (weight / factor.diagonal()).square().flatten()
@@ -81,8 +79,6 @@ class PBLLMLinear(TrainableLinear):
             layer.scale.copy_(scale)
             layer.scale_salient.copy_(step)
             layer.salient.copy_(salient)
-            if layer.bias is not None:
-                layer.bias.copy_(linear.bias)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,28 +88,23 @@ class PBLLMLinear(TrainableLinear):
         sparse = step * codes_of(self.residual.detach(), step.detach()) + (self.residual - self.residual.detach()) * within
         y = F.linear(x, sign_ste(self.weight, x)) * self.scale.to(x.dtype)
         y = y + F.linear(x, torch.zeros_like(self.weight).masked_scatter(self.salient, sparse).to(x.dtype))
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.plus_bias(y)
 
     def pack(self) -> dict[str, Tensor]:
         step = self.scale_salient.detach()[self.salient.nonzero()[:, 0]]
         codes = codes_of(self.residual.detach(), step)
         if codes.isnan().any():
             raise BimosError("weights with NaN cannot be packed; check the model or lower the learning rate")
-        tensors = {
+        return {
             "weight": pack_signs(self.weight.detach())[None],
             "scale_out": self.scale.detach().half()[None, None],
             "sparse_mask": pack_signs(self.salient.float() - 0.5),
             "sparse_code": codes.to(torch.int8),
             "sparse_scale": self.scale_salient.detach().half(),
-        }
-        if self.bias is not None:
-            tensors["bias"] = self.bias.detach().half()
-        return tensors
+        } | self.packed_bias()
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
-        bias = [] if self.bias is None else [self.bias]
-        latents = [self.weight, self.residual]
-        return {"latent": latents, "scale": [self.scale, self.scale_salient], "router": [], "bias": bias}
+        return self.by_role(latent=[self.weight, self.residual], scale=[self.scale, self.scale_salient])
 
 
 @register
@@ -140,17 +131,13 @@ class PBLLMConfig(MethodConfig):
         return in_features * out_features * round(10_000 * self.salient) // 10_000
 
     def packed_layout(self, in_features: int, out_features: int, bias: bool) -> dict[str, StoredTensor]:
-        require_multiple_of_8(in_features)
-        layout = {
-            "weight": StoredTensor((1, out_features, in_features // 8), torch.uint8),
+        layout = plane_layout(1, in_features, out_features) | {
             "scale_out": StoredTensor((1, 1, out_features), torch.float16),
             "sparse_mask": StoredTensor((out_features, in_features // 8), torch.uint8),
             "sparse_code": StoredTensor((self.count(in_features, out_features),), torch.int8),
             "sparse_scale": StoredTensor((out_features,), torch.float16),
         }
-        if bias:
-            layout["bias"] = StoredTensor((out_features,), torch.float16)
-        return layout
+        return layout | bias_layout(out_features, bias)
 
 
 def codes_of(residual: Tensor, step: Tensor) -> Tensor:

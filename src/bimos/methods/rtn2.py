@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimos.errors import BimosError
-from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, register, require_multiple_of_8
+from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, bias_layout, plane_layout, register
 from bimos.methods.ste import compute_dtype
 from bimos.packing.format import pack_signs
 from bimos.packing.groups import by_input, count_groups
@@ -54,19 +54,15 @@ class Integer2Linear(TrainableLinear):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.scale = nn.Parameter(torch.ones(out_features, groups))
         self.offset = nn.Parameter(torch.zeros(out_features, groups))
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: Any, statistics: InputStatistics, generator: torch.Generator) -> Self:
-        config.packed_layout(linear.in_features, linear.out_features, False)  # refuses shapes that do not fit
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, config).to(linear.weight.device)
+        layer = cls.shaped_like(linear, config)
         start = cls.start(linear.weight.detach().float(), config, statistics)
         with torch.no_grad():
             layer.weight.copy_(start.weight)
             layer.scale.copy_(start.scale)
             layer.offset.copy_(start.offset)
-            if layer.bias is not None:
-                layer.bias.copy_(linear.bias)
         return layer
 
     @classmethod
@@ -85,24 +81,20 @@ class Integer2Linear(TrainableLinear):
         within = (self.weight.detach() - offset.detach()).abs() < 4 * scale.detach()
         straight = (self.weight - self.weight.detach()) * within
         y = F.linear(x, (scale * odd + offset + straight).to(x.dtype))
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.plus_bias(y)
 
     def pack(self) -> dict[str, Tensor]:
         scale, offset = (by_input(t.detach(), self.group_size, self.in_features) for t in (self.scale, self.offset))
         odd = odd_numbers(self.weight.detach(), scale, offset)
         high = torch.where(odd > 0, 2.0, -2.0)
-        tensors = {
+        return {
             "weight": pack_signs(torch.stack([odd - high, odd])),
             "scale_group_int": self.scale.detach().half(),
             "offset_group": self.offset.detach().half(),
-        }
-        if self.bias is not None:
-            tensors["bias"] = self.bias.detach().half()
-        return tensors
+        } | self.packed_bias()
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
-        bias = [] if self.bias is None else [self.bias]
-        return {"latent": [self.weight], "scale": [self.scale, self.offset], "router": [], "bias": bias}
+        return self.by_role(latent=[self.weight], scale=[self.scale, self.offset])
 
 
 @register
@@ -122,16 +114,9 @@ class RTN2Config(MethodConfig):
             raise BimosError(f"group_size={self.group_size}: must be a positive multiple of 8")
 
     def packed_layout(self, in_features: int, out_features: int, bias: bool) -> dict[str, StoredTensor]:
-        require_multiple_of_8(in_features)
         by_group = StoredTensor((out_features, count_groups(in_features, self.group_size)), torch.float16)
-        layout = {
-            "weight": StoredTensor((2, out_features, in_features // 8), torch.uint8),
-            "scale_group_int": by_group,
-            "offset_group": by_group,
-        }
-        if bias:
-            layout["bias"] = StoredTensor((out_features,), torch.float16)
-        return layout
+        layout = plane_layout(2, in_features, out_features) | {"scale_group_int": by_group, "offset_group": by_group}
+        return layout | bias_layout(out_features, bias)
 
 
 def odd_numbers(weight: Tensor, scale: Tensor, offset: Tensor) -> Tensor:

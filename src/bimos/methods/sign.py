@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimos.errors import BimosError
-from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, register, require_multiple_of_8
+from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, bias_layout, plane_layout, register
 from bimos.methods.ste import compute_dtype, sign_ste
 from bimos.packing.format import pack_signs
 
@@ -36,20 +36,16 @@ class SignLinear(TrainableLinear):
         shape = (out_features,) if config.group_size is None else (out_features, in_features // config.group_size)
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.scale = nn.Parameter(torch.ones(shape))
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: Any, statistics: InputStatistics, generator: torch.Generator) -> Self:
-        config.packed_layout(linear.in_features, linear.out_features, False)  # refuses shapes that do not fit
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, config).to(linear.weight.device)
+        layer = cls.shaped_like(linear, config)
         weight = linear.weight.detach().float()
         with torch.no_grad():
             layer.scale.copy_(
                 weight.abs().mean(1) if config.group_size is None else weight.abs().unflatten(1, (-1, config.group_size)).mean(-1)
             )
             layer.weight.copy_(weight)
-            if layer.bias is not None:
-                layer.bias.copy_(linear.bias)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +56,7 @@ class SignLinear(TrainableLinear):
             y = y * self.scale.to(y.dtype)
         else:
             y = F.linear(x, (signs.unflatten(1, (-1, self.config.group_size)) * self.scale[..., None].to(signs.dtype)).flatten(1))
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.plus_bias(y)
 
     def pack(self) -> dict[str, Tensor]:
         tensors = {"weight": pack_signs(self.weight.detach())[None]}
@@ -69,12 +65,10 @@ class SignLinear(TrainableLinear):
             tensors["scale_out"] = scale[None, None]
         else:
             tensors["scale_group"] = scale[None]
-        if self.bias is not None:
-            tensors["bias"] = self.bias.detach().half()
-        return tensors
+        return tensors | self.packed_bias()
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
-        return {"latent": [self.weight], "scale": [self.scale], "router": [], "bias": [] if self.bias is None else [self.bias]}
+        return self.by_role(latent=[self.weight], scale=[self.scale])
 
 
 @register
@@ -93,14 +87,11 @@ class SignConfig(MethodConfig):
             raise BimosError(f"group_size={self.group_size}: must be positive, or null for the whole row")
 
     def packed_layout(self, in_features: int, out_features: int, bias: bool) -> dict[str, StoredTensor]:
-        require_multiple_of_8(in_features)
-        layout = {"weight": StoredTensor((1, out_features, in_features // 8), torch.uint8)}
+        layout = plane_layout(1, in_features, out_features)
         if self.group_size is None:
             layout["scale_out"] = StoredTensor((1, 1, out_features), torch.float16)
         else:
             if in_features % self.group_size:
                 raise BimosError(f"group_size={self.group_size} does not divide in_features={in_features}; choose a divisor of it")
             layout["scale_group"] = StoredTensor((1, out_features, in_features // self.group_size), torch.float16)
-        if bias:
-            layout["bias"] = StoredTensor((out_features,), torch.float16)
-        return layout
+        return layout | bias_layout(out_features, bias)
