@@ -9,9 +9,10 @@
 #include <algorithm>
 #include <cstring>
 
+#include "targets.h"
 #include "tiles.h"
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx2,fma,f16c")))
+#define TARGET BIMOS_AVX512
 
 namespace bimos {
 namespace {

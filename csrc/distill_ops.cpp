@@ -20,6 +20,7 @@ int64_t rows_worth_a_thread(int64_t n) { return std::max<int64_t>(1, (1 << 15) /
 
 struct Given {
   Problem problem{};
+  bool is_float;
   int64_t batch;
   std::vector<Tensor> held;
 
@@ -29,7 +30,7 @@ struct Given {
     STD_TORCH_CHECK(dtype == Dtype::float32 || dtype == Dtype::bfloat16, "causal_attention takes float32 or bfloat16");
     STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4, "causal_attention takes [batch, heads, tokens, n]");
     batch = query.size(0);
-    problem.is_float = dtype == Dtype::float32;
+    is_float = dtype == Dtype::float32;
     problem.heads = query.size(1);
     problem.key_heads = key.size(1);
     problem.tokens = query.size(2);
@@ -63,6 +64,8 @@ struct Given {
     return {held.back().const_data_ptr(), problem.tokens * row, problem.n, row};
   }
 
+  flash::Functions functions() const { return flash::functions_for(level().name, is_float); }
+
   void run(flash::Function function) const {
     torch::stable::parallel_for(0, batch * problem.key_heads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) function(problem, i / problem.key_heads, i % problem.key_heads);
@@ -78,7 +81,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   Tensor lse = torch::stable::new_empty(query, std::array<int64_t, 3>{given.batch, problem.heads, problem.tokens}, ScalarType::Float);
   problem.out = given.turned(out);
   problem.lse = static_cast<float*>(lse.mutable_data_ptr());
-  given.run(flash::functions_for(level().name).forward);
+  given.run(given.functions().forward);
   return {out, lse};
 }
 
@@ -100,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& qu
   problem.of_query = of_query.mutable_data_ptr();
   problem.of_key = of_key.mutable_data_ptr();
   problem.of_value = of_value.mutable_data_ptr();
-  given.run(flash::functions_for(level().name).backward);
+  given.run(given.functions().backward);
   return {of_query, of_key, of_value};
 }
 

@@ -1,7 +1,6 @@
 #include "divergence.h"
 
 #include <cmath>
-#include <cstring>
 
 #include "vectors.h"
 
@@ -52,31 +51,17 @@ BIMOS_INLINE void row_of(const Logits& logits, int64_t row) {
   });
 }
 
-#define BIMOS_DIVERGENCE(NAME, TARGET)                                         \
-  namespace NAME {                                                             \
-  template <typename T>                                                        \
-  TARGET void rows_of(const Logits& logits, int64_t first, int64_t last) {     \
-    for (; first < last; ++first) row_of<T>(logits, first);                    \
-  }                                                                            \
-  void rows(const Logits& logits, int64_t first, int64_t last) {               \
-    (logits.is_float ? rows_of<float> : rows_of<uint16_t>)(logits, first, last); \
-  }                                                                            \
-  }
+template <typename T>
+BIMOS_INLINE void rows_of(const Logits& logits, int64_t first, int64_t last) {
+  for (; first < last; ++first) row_of<T>(logits, first);
+}
 
-BIMOS_DIVERGENCE(scalar, )
-#ifdef BIMOS_X86
-BIMOS_DIVERGENCE(avx2, __attribute__((target("avx2,fma,f16c"))))
-BIMOS_DIVERGENCE(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))))
-#endif
+BIMOS_INLINE void rows(const Logits& logits, int64_t first, int64_t last) {
+  logits.is_float ? rows_of<float>(logits, first, last) : rows_of<uint16_t>(logits, first, last);
+}
 
 }  // namespace
 
-Function function_for(const char* level) {
-#ifdef BIMOS_X86
-  if (std::strcmp(level, "avx512") == 0) return avx512::rows;
-  if (std::strcmp(level, "avx2") == 0) return avx2::rows;
-#endif
-  return scalar::rows;
-}
+Function function_for(const char* level) { return pick<rows>(level); }
 
 }  // namespace bimos::divergence

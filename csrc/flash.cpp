@@ -293,43 +293,17 @@ BIMOS_INLINE void backward_group(const Problem& problem, int64_t batch, int64_t 
   kept() = std::move(room.buffer);
 }
 
-// Tiles that a target's registers hold.
-#define BIMOS_FLASH(NAME, TARGET, ROWS, VECTORS)                                                                       \
-  namespace NAME {                                                                                                     \
-  template <typename T>                                                                                                \
-  TARGET void forward_of(const Problem& problem, int64_t batch, int64_t group) {                                       \
-    forward_group<ROWS, VECTORS, T>(problem, batch, group);                                                            \
-  }                                                                                                                    \
-  template <typename T>                                                                                                \
-  TARGET void backward_of(const Problem& problem, int64_t batch, int64_t group) {                                      \
-    backward_group<ROWS, VECTORS, T>(problem, batch, group);                                                           \
-  }                                                                                                                    \
-  void forward(const Problem& problem, int64_t batch, int64_t group) {                                                 \
-    (problem.is_float ? forward_of<float> : forward_of<uint16_t>)(problem, batch, group);                              \
-  }                                                                                                                    \
-  void backward(const Problem& problem, int64_t batch, int64_t group) {                                                \
-    (problem.is_float ? backward_of<float> : backward_of<uint16_t>)(problem, batch, group);                            \
-  }                                                                                                                    \
-  TARGET void prompt(const Prompt& given, const int64_t* blocks, int64_t count) {                                      \
-    prompt_blocks<ROWS, VECTORS>(given, blocks, count);                                                                \
-  }                                                                                                                    \
-  constexpr Functions functions{forward, backward, prompt};                                                            \
-  }
-
-BIMOS_FLASH(scalar, , 2, 1)
-#ifdef BIMOS_X86
-BIMOS_FLASH(avx2, __attribute__((target("avx2,fma,f16c"))), 2, 2)
-BIMOS_FLASH(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), 4, 4)
-#endif
+// By tiles that the registers of a level hold.
+template <typename T>
+Functions of(const char* level) {
+  return {pick<forward_group<2, 1, T>, forward_group<2, 2, T>, forward_group<4, 4, T>>(level),
+          pick<backward_group<2, 1, T>, backward_group<2, 2, T>, backward_group<4, 4, T>>(level)};
+}
 
 }  // namespace
 
-const Functions& functions_for(const char* level) {
-#ifdef BIMOS_X86
-  if (std::strcmp(level, "avx512") == 0) return avx512::functions;
-  if (std::strcmp(level, "avx2") == 0) return avx2::functions;
-#endif
-  return scalar::functions;
-}
+Functions functions_for(const char* level, bool is_float) { return is_float ? of<float>(level) : of<uint16_t>(level); }
+
+PromptFunction prompt_for(const char* level) { return pick<prompt_blocks<2, 1>, prompt_blocks<2, 2>, prompt_blocks<4, 4>>(level); }
 
 }  // namespace bimos::flash

@@ -15,7 +15,6 @@ struct Heads {
 };
 
 struct Problem {
-  bool is_float;  // values are float32; else bfloat16
   int64_t heads, key_heads, tokens, n;
   float scale;  // of the scores
   Heads query, key, value;
@@ -40,12 +39,14 @@ struct Prompt {
 constexpr int64_t kBlock = 64;            // queries, and keys
 constexpr int64_t kEndless = 0x7fffffff;  // a window without an end
 
+using PromptFunction = void (*)(const Prompt& prompt, const int64_t* blocks, int64_t count);  // of queries, in order
+
 struct Functions {
   Function forward, backward;
-  void (*prompt)(const Prompt& prompt, const int64_t* blocks, int64_t count);  // of queries, in order
 };
 
-// For a level of level.h by its name.
-const Functions& functions_for(const char* level);
+// For a level of level.h by its name, and values that are float32, else bfloat16.
+Functions functions_for(const char* level, bool is_float);
+PromptFunction prompt_for(const char* level);
 
 }  // namespace bimos::flash

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "targets.h"
+
 namespace bimos {
 namespace {
 
@@ -12,8 +14,6 @@ constexpr float kLargest = 32512;       // 127 * 256: high bytes stay signed whe
 constexpr float kSmallest = 0x1p-14F;   // of float16 with all its bits
 constexpr int kRanges = 12;             // that are tried: from 0.7 to 1.05 times that of the values
 constexpr int kLanes = static_cast<int>(kTileRows);
-
-#define BIMOS_INLINE inline __attribute__((always_inline))
 
 // To the nearest integer, even where two are; below 2^22.
 BIMOS_INLINE float rounded(float value) { return (value + 12582912.0F) - 12582912.0F; }
@@ -99,20 +99,10 @@ BIMOS_INLINE void pack(const float* values, const float* weight, int64_t count, 
   }
 }
 
-void pack_scalar(const float* values, const float* weight, int64_t count, int64_t n, uint8_t* tile) { pack(values, weight, count, n, tile); }
-#ifdef BIMOS_X86
-__attribute__((target("avx2,fma"))) void pack_avx2(const float* values, const float* weight, int64_t count, int64_t n, uint8_t* tile) {
-  pack(values, weight, count, n, tile);
-}
-#endif
-
 }  // namespace
 
 void int4_pack(const char* level, const float* values, const float* weight, int64_t count, int64_t n, uint8_t* tile) {
-#ifdef BIMOS_X86
-  if (std::strcmp(level, "scalar") != 0) return pack_avx2(values, weight, count, n, tile);
-#endif
-  pack_scalar(values, weight, count, n, tile);
+  pick<pack>(level)(values, weight, count, n, tile);
 }
 
 size_t int4_bytes(int64_t n) {

@@ -1,8 +1,6 @@
 #include "mixing.h"
 
-#include <bit>
 #include <cmath>
-#include <cstring>
 
 #include "vectors.h"
 
@@ -111,46 +109,43 @@ BIMOS_INLINE void backward_of(const Batch& batch, int64_t token) {
   });
 }
 
-#define BIMOS_MIXING(NAME, TARGET)                                                                            \
-  namespace NAME {                                                                                            \
-  template <int kExperts, typename T>                                                                         \
-  TARGET void forward_rows(const Batch& batch, int64_t first, int64_t last) {                                 \
-    for (; first + kRows <= last; first += kRows) forward_of<kExperts, kRows, T>(batch, first);               \
-    for (; first < last; ++first) forward_of<kExperts, 1, T>(batch, first);                                   \
-  }                                                                                                           \
-  template <int kExperts, typename T>                                                                         \
-  TARGET void backward_rows(const Batch& batch, int64_t first, int64_t last) {                                \
-    for (; first + kRows <= last; first += kRows) backward_of<kExperts, kRows, T>(batch, first);              \
-    for (; first < last; ++first) backward_of<kExperts, 1, T>(batch, first);                                  \
-  }                                                                                                           \
-  template <int kExperts>                                                                                     \
-  void forward(const Batch& batch, int64_t first, int64_t last) {                                             \
-    (batch.is_float ? forward_rows<kExperts, float> : forward_rows<kExperts, uint16_t>)(batch, first, last);  \
-  }                                                                                                           \
-  template <int kExperts>                                                                                     \
-  void backward(const Batch& batch, int64_t first, int64_t last) {                                            \
-    (batch.is_float ? backward_rows<kExperts, float> : backward_rows<kExperts, uint16_t>)(batch, first, last); \
-  }                                                                                                           \
-  constexpr Functions functions[] = {                                                                         \
-      {forward<1>, backward<1>}, {forward<2>, backward<2>}, {forward<4>, backward<4>}, {forward<8>, backward<8>}}; \
-  }
+template <int kExperts, typename T>
+BIMOS_INLINE void forward_rows(const Batch& batch, int64_t first, int64_t last) {
+  for (; first + kRows <= last; first += kRows) forward_of<kExperts, kRows, T>(batch, first);
+  for (; first < last; ++first) forward_of<kExperts, 1, T>(batch, first);
+}
 
-BIMOS_MIXING(scalar, )
-#ifdef BIMOS_X86
-BIMOS_MIXING(avx2, __attribute__((target("avx2,fma,f16c"))))
-BIMOS_MIXING(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))))
-#endif
+template <int kExperts, typename T>
+BIMOS_INLINE void backward_rows(const Batch& batch, int64_t first, int64_t last) {
+  for (; first + kRows <= last; first += kRows) backward_of<kExperts, kRows, T>(batch, first);
+  for (; first < last; ++first) backward_of<kExperts, 1, T>(batch, first);
+}
+
+template <int kExperts>
+BIMOS_INLINE void forward(const Batch& batch, int64_t first, int64_t last) {
+  batch.is_float ? forward_rows<kExperts, float>(batch, first, last) : forward_rows<kExperts, uint16_t>(batch, first, last);
+}
+
+template <int kExperts>
+BIMOS_INLINE void backward(const Batch& batch, int64_t first, int64_t last) {
+  batch.is_float ? backward_rows<kExperts, float>(batch, first, last) : backward_rows<kExperts, uint16_t>(batch, first, last);
+}
+
+template <int kExperts>
+Functions of(const char* level) {
+  return {pick<forward<kExperts>>(level), pick<backward<kExperts>>(level)};
+}
 
 }  // namespace
 
-const Functions* functions_for(const char* level, int64_t experts) {
-  if (experts < 1 || experts > 8 || !std::has_single_bit(static_cast<uint64_t>(experts))) return nullptr;
-  const auto which = std::countr_zero(static_cast<uint64_t>(experts));
-#ifdef BIMOS_X86
-  if (std::strcmp(level, "avx512") == 0) return &avx512::functions[which];
-  if (std::strcmp(level, "avx2") == 0) return &avx2::functions[which];
-#endif
-  return &scalar::functions[which];
+Functions functions_for(const char* level, int64_t experts) {
+  switch (experts) {
+    case 1: return of<1>(level);
+    case 2: return of<2>(level);
+    case 4: return of<4>(level);
+    case 8: return of<8>(level);
+    default: return {};
+  }
 }
 
 }  // namespace bimos::mixing

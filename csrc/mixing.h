@@ -27,7 +27,7 @@ struct Functions {
   Function backward;  // gradients of x, gate (or router) and scales; `grad_gate` is what came from elsewhere where there is a router
 };
 
-// For a level of level.h by its name; null where the number of experts is not among 1, 2, 4 and 8.
-const Functions* functions_for(const char* level, int64_t experts);
+// For a level of level.h by its name; nulls where the number of experts is not among 1, 2, 4 and 8.
+Functions functions_for(const char* level, int64_t experts);
 
 }  // namespace bimos::mixing

@@ -1,7 +1,6 @@
 #include "norm.h"
 
 #include <cmath>
-#include <cstring>
 
 #include "vectors.h"
 
@@ -43,39 +42,26 @@ BIMOS_INLINE void backward_row(const Rows& rows, int64_t row) {
   });
 }
 
-#define BIMOS_NORM(NAME, TARGET)                                                   \
-  namespace NAME {                                                                 \
-  template <typename T>                                                            \
-  TARGET void forward_of(const Rows& rows, int64_t first, int64_t last) {          \
-    for (; first < last; ++first) forward_row<T>(rows, first);                     \
-  }                                                                                \
-  template <typename T>                                                            \
-  TARGET void backward_of(const Rows& rows, int64_t first, int64_t last) {         \
-    for (; first < last; ++first) backward_row<T>(rows, first);                    \
-  }                                                                                \
-  void forward(const Rows& rows, int64_t first, int64_t last) {                    \
-    (rows.is_float ? forward_of<float> : forward_of<uint16_t>)(rows, first, last); \
-  }                                                                                \
-  void backward(const Rows& rows, int64_t first, int64_t last) {                   \
-    (rows.is_float ? backward_of<float> : backward_of<uint16_t>)(rows, first, last); \
-  }                                                                                \
-  constexpr Functions functions{forward, backward};                                \
-  }
+template <typename T>
+BIMOS_INLINE void forward_of(const Rows& rows, int64_t first, int64_t last) {
+  for (; first < last; ++first) forward_row<T>(rows, first);
+}
 
-BIMOS_NORM(scalar, )
-#ifdef BIMOS_X86
-BIMOS_NORM(avx2, __attribute__((target("avx2,fma,f16c"))))
-BIMOS_NORM(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))))
-#endif
+template <typename T>
+BIMOS_INLINE void backward_of(const Rows& rows, int64_t first, int64_t last) {
+  for (; first < last; ++first) backward_row<T>(rows, first);
+}
+
+BIMOS_INLINE void forward(const Rows& rows, int64_t first, int64_t last) {
+  rows.is_float ? forward_of<float>(rows, first, last) : forward_of<uint16_t>(rows, first, last);
+}
+
+BIMOS_INLINE void backward(const Rows& rows, int64_t first, int64_t last) {
+  rows.is_float ? backward_of<float>(rows, first, last) : backward_of<uint16_t>(rows, first, last);
+}
 
 }  // namespace
 
-const Functions& functions_for(const char* level) {
-#ifdef BIMOS_X86
-  if (std::strcmp(level, "avx512") == 0) return avx512::functions;
-  if (std::strcmp(level, "avx2") == 0) return avx2::functions;
-#endif
-  return scalar::functions;
-}
+Functions functions_for(const char* level) { return {pick<forward>(level), pick<backward>(level)}; }
 
 }  // namespace bimos::norm

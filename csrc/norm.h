@@ -1,4 +1,4 @@
-// Root-mean-square norm of rows, forward and backward, for training (bimos/training/norms.py).
+// Root-mean-square norm of rows, forward and backward, for training (bimos/training/fused.py).
 #pragma once
 
 #include <cstdint>
@@ -23,6 +23,6 @@ struct Functions {
 };
 
 // For a level of level.h by its name.
-const Functions& functions_for(const char* level);
+Functions functions_for(const char* level);
 
 }  // namespace bimos::norm

@@ -7,9 +7,10 @@
 
 #include "int4.h"
 #include "level.h"
+#include "targets.h"
 #include "tiles.h"
 
-#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define TARGET BIMOS_AVX2
 
 namespace bimos {
 namespace {

@@ -6,9 +6,10 @@
 
 #include "int4.h"
 #include "level.h"
+#include "targets.h"
 #include "tiles.h"
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx2,fma,f16c")))
+#define TARGET BIMOS_AVX512
 
 namespace bimos {
 namespace {

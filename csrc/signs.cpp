@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "targets.h"
+
 #ifdef BIMOS_X86
 #include <immintrin.h>
 #endif
@@ -16,9 +18,7 @@ uint8_t byte_of(const float* values, int64_t stride) {
 }
 
 #ifdef BIMOS_X86
-#define BIMOS_SIGNS __attribute__((target("avx512f,avx512bw,avx512vl")))
-
-BIMOS_SIGNS int64_t sixteen_at_a_time(const float* values, int64_t count, uint8_t* bits) {
+BIMOS_AVX512 int64_t sixteen_at_a_time(const float* values, int64_t count, uint8_t* bits) {
   int64_t i = 0;
   for (; i + 16 <= count; i += 16) {
     const __mmask16 mask = _mm512_cmp_ps_mask(_mm512_loadu_ps(values + i), _mm512_setzero_ps(), _CMP_GE_OQ);
@@ -28,7 +28,7 @@ BIMOS_SIGNS int64_t sixteen_at_a_time(const float* values, int64_t count, uint8_
 }
 
 // Eight rows of sixteen columns: a byte of each column.
-BIMOS_SIGNS void sixteen_columns(const float* values, int64_t in, int64_t stride, uint8_t* bits) {
+BIMOS_AVX512 void sixteen_columns(const float* values, int64_t in, int64_t stride, uint8_t* bits) {
   __m128i bytes = _mm_setzero_si128();
   for (int bit = 0; bit < 8; ++bit) {
     const __mmask16 mask = _mm512_cmp_ps_mask(_mm512_loadu_ps(values + bit * in), _mm512_setzero_ps(), _CMP_GE_OQ);

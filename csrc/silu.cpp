@@ -1,7 +1,5 @@
 #include "silu.h"
 
-#include <cstring>
-
 #include "vectors.h"
 
 namespace bimos::silu {
@@ -31,39 +29,16 @@ BIMOS_INLINE void backward_some(const Values& values, int64_t first, int64_t las
   });
 }
 
-#define BIMOS_SILU(NAME, TARGET)                                                             \
-  namespace NAME {                                                                           \
-  template <typename T>                                                                      \
-  TARGET void forward_of(const Values& values, int64_t first, int64_t last) {                \
-    forward_some<T>(values, first, last);                                                    \
-  }                                                                                          \
-  template <typename T>                                                                      \
-  TARGET void backward_of(const Values& values, int64_t first, int64_t last) {               \
-    backward_some<T>(values, first, last);                                                   \
-  }                                                                                          \
-  void forward(const Values& values, int64_t first, int64_t last) {                          \
-    (values.is_float ? forward_of<float> : forward_of<uint16_t>)(values, first, last);       \
-  }                                                                                          \
-  void backward(const Values& values, int64_t first, int64_t last) {                         \
-    (values.is_float ? backward_of<float> : backward_of<uint16_t>)(values, first, last);     \
-  }                                                                                          \
-  constexpr Functions functions{forward, backward};                                          \
-  }
+BIMOS_INLINE void forward(const Values& values, int64_t first, int64_t last) {
+  values.is_float ? forward_some<float>(values, first, last) : forward_some<uint16_t>(values, first, last);
+}
 
-BIMOS_SILU(scalar, )
-#ifdef BIMOS_X86
-BIMOS_SILU(avx2, __attribute__((target("avx2,fma,f16c"))))
-BIMOS_SILU(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))))
-#endif
+BIMOS_INLINE void backward(const Values& values, int64_t first, int64_t last) {
+  values.is_float ? backward_some<float>(values, first, last) : backward_some<uint16_t>(values, first, last);
+}
 
 }  // namespace
 
-const Functions& functions_for(const char* level) {
-#ifdef BIMOS_X86
-  if (std::strcmp(level, "avx512") == 0) return avx512::functions;
-  if (std::strcmp(level, "avx2") == 0) return avx2::functions;
-#endif
-  return scalar::functions;
-}
+Functions functions_for(const char* level) { return {pick<forward>(level), pick<backward>(level)}; }
 
 }  // namespace bimos::silu

@@ -19,6 +19,6 @@ struct Functions {
 };
 
 // For a level of level.h by its name.
-const Functions& functions_for(const char* level);
+Functions functions_for(const char* level);
 
 }  // namespace bimos::silu

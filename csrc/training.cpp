@@ -18,7 +18,7 @@ using mixing::Batch;
 // Checks and pointers that forward and backward have in common. `held` keeps what had to be made contiguous.
 struct Prepared {
   Batch batch{};
-  const mixing::Functions* functions;
+  mixing::Functions functions;
   int64_t tokens, experts;
   std::vector<Tensor> held;
 
@@ -32,7 +32,7 @@ struct Prepared {
     held.reserve(8);
     const std::optional<Dtype> dtype = dtype_of(x);
     STD_TORCH_CHECK(dtype == Dtype::float32 || dtype == Dtype::bfloat16, "mix: x must be float32 or bfloat16");
-    STD_TORCH_CHECK(functions != nullptr, "mix: ", experts, " experts");
+    STD_TORCH_CHECK(functions.forward != nullptr, "mix: ", experts, " experts");
     STD_TORCH_CHECK(x.dim() > 0 && scales.dim() == 2 && x.size(x.dim() - 1) == scales.size(1), "mix: x and scales do not fit");
     batch.n = scales.size(1);
     tokens = batch.n == 0 ? 0 : x.numel() / batch.n;
@@ -75,7 +75,7 @@ Tensor mix(const Tensor& x, const Optional& gate, const Tensor& scales) {
   Prepared prepared(x, scales, gate, std::nullopt);
   Tensor out = torch::stable::empty_like(prepared.held[0]);
   prepared.batch.out = out.mutable_data_ptr();
-  prepared.in_parts(prepared.parts(), [&](int64_t first, int64_t last, int64_t) { prepared.functions->forward(prepared.batch, first, last); });
+  prepared.in_parts(prepared.parts(), [&](int64_t first, int64_t last, int64_t) { prepared.functions.forward(prepared.batch, first, last); });
   return out;
 }
 
@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor> route_and_mix(const Tensor& x, const Tensor& router, 
   Tensor gate = torch::stable::new_empty(scales, std::array<int64_t, 2>{prepared.tokens, prepared.experts});
   prepared.batch.out = out.mutable_data_ptr();
   prepared.batch.gate = static_cast<float*>(gate.mutable_data_ptr());
-  prepared.in_parts(prepared.parts(), [&](int64_t first, int64_t last, int64_t) { prepared.functions->forward(prepared.batch, first, last); });
+  prepared.in_parts(prepared.parts(), [&](int64_t first, int64_t last, int64_t) { prepared.functions.forward(prepared.batch, first, last); });
   return {out, gate};
 }
 
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Optional& 
     Batch own = batch;
     own.grad_scales = scale_sums + part * experts * n;
     own.grad_router = router_sums + part * experts * n;
-    prepared.functions->backward(own, first, last);
+    prepared.functions.backward(own, first, last);
   });
   for (int64_t i = experts * n; i < parts * experts * n; ++i) {
     scale_sums[i % (experts * n)] += scale_sums[i];

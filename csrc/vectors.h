@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
-#define BIMOS_ALWAYS __attribute__((always_inline))
-#define BIMOS_INLINE inline BIMOS_ALWAYS
+#include "targets.h"
+
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are handed to functions that are always inlined
 
 namespace bimos {

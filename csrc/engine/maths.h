@@ -1,5 +1,5 @@
 // What a model does besides its linears, on rows of float32. One body for every instruction level: a function with a target
-// attribute inlines it, and the compiler makes of it what that processor can (maths_*.cpp).
+// attribute inlines it, and the compiler makes of it what that processor can (targets.h).
 #pragma once
 
 #include <bit>
@@ -113,6 +113,6 @@ struct Maths {
 };
 
 // Those for a level of level.h, by its name.
-const Maths& maths_for(const char* level);
+Maths maths_for(const char* level);
 
 }  // namespace bimos::maths

@@ -59,7 +59,7 @@ std::vector<Run> runs_of(const std::vector<Token>& tokens) {
 struct Reader::Work {
   Reader& reader;
   const Level& level;
-  const maths::Maths& maths;
+  maths::Maths maths;
   const std::vector<Token>& tokens;
   bool by_tokens;
   std::vector<Run> runs;  // where ranks share out tokens
@@ -231,7 +231,7 @@ void Reader::block(Work& work, const Block& block, int64_t index, int rank) {
         const flash::Prompt prompt{query_.data() + at, mixed_.data() + at, heads, group, run.end - run.begin, shape.head, token.position,
                                    block.window > 0 ? block.window : flash::kEndless, scale, token.sequence->keys(index, g),
                                    token.sequence->values(index, g)};
-        flash::functions_for(work.level.name).prompt(prompt, mine_of_run.data(), static_cast<int64_t>(mine_of_run.size()));
+        flash::prompt_for(work.level.name)(prompt, mine_of_run.data(), static_cast<int64_t>(mine_of_run.size()));
       }
     }
   } else {
