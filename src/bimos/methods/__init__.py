@@ -13,9 +13,9 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
-from bimos.config import build
 from bimos.errors import BimosError
 from bimos.methods.base import _REGISTRY, InputStatistics, MethodConfig, StoredTensor, TrainableLinear, register
+from bimos.options import build
 
 __all__ = ["InputStatistics", "MethodConfig", "StoredTensor", "TrainableLinear", "available_methods", "method_config", "register"]
 
