@@ -17,6 +17,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from bimos.kernels import native
+from levels import LEVELS
+
 pytest_plugins = ["tiny_models"]
 
 SENTENCES = [
@@ -49,14 +52,25 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.fixture
 def exact_kernels() -> Iterator[None]:
     """Kernels that are exact to float32 rounding, for what is compared that closely."""
-    from bimos.kernels import native
-
     level = native.isa()
     if level:
         native.use_isa("scalar")
     yield
     if level:
         native.use_isa(level)
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Work at every level that this processor has, and in plain torch where a test asks for `reference`."""
+    highest = native.isa()
+    if request.param == "reference":
+        monkeypatch.setattr(native, "isa", lambda: None)
+    else:
+        native.use_isa(request.param)
+    yield request.param
+    if highest:
+        native.use_isa(highest)
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bimos.kernels import native
+from levels import LEVELS
 
 pytestmark = pytest.mark.skipif(native.isa() is None, reason=f"no C++ kernels: {native.problem}")
 
 HIGHEST = native.isa()
-HERE = native.LEVELS[: native.LEVELS.index(HIGHEST) + 1] if HIGHEST else ()
 
 
+# Not the fixture `level`: hypothesis takes none that is made anew for every test.
 @pytest.fixture(autouse=True)
 def highest_level_afterwards() -> Iterator[None]:
     yield
@@ -44,7 +45,7 @@ def of_two_signs(w: Tensor) -> Tensor:
     return ((groups / scale).round() * scale - groups).square().sum()
 
 
-@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("level", LEVELS)
 @settings(max_examples=40, deadline=None)
 @given(rows=st.integers(1, 70), width=st.integers(1, 300), tokens=st.integers(1, 9), outlier=st.sampled_from([1, 1000]))
 def test_products(level: str, rows: int, width: int, tokens: int, outlier: int) -> None:
@@ -68,7 +69,7 @@ def test_products(level: str, rows: int, width: int, tokens: int, outlier: int) 
     assert again[-1].isnan().all() and torch.equal(again[:-1], y[:-1])
 
 
-@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("value", [-3.0, 3.0])
 def test_products_at_the_ends_of_their_range(level: str, value: float) -> None:
     native.use_isa(level)
@@ -78,7 +79,7 @@ def test_products_at_the_ends_of_their_range(level: str, value: float) -> None:
     assert (y / (15 * value * 96) - 1).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("shape", [(64, 576), (5, 40), (33, 7)], ids=str)
 def test_quantizing(level: str, shape: tuple[int, int]) -> None:
     native.use_isa(level)
@@ -113,7 +114,7 @@ def test_inputs_that_count_more_have_less_error() -> None:
 
 def test_levels_pack_alike() -> None:
     weight = torch.randint(-127, 128, (40, 100), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-    packed = [unpacked(native.quantize_int4(weight)[0], 40, 100) for level in HERE if native.use_isa(level) is None]
+    packed = [unpacked(native.quantize_int4(weight)[0], 40, 100) for level in LEVELS if native.use_isa(level) is None]
     for other in packed[1:]:  # but for ties that another order of additions breaks
         assert ((other - weight).square().sum() / (packed[0] - weight).square().sum() - 1).abs() < 1e-3
 

@@ -18,15 +18,16 @@ from torch import Tensor
 from bimos import BimosError
 from bimos.kernels import int8_linear, native, packed_linear, reference
 from bimos.packing.linear import PackedLinear
+from levels import LEVELS
 
 pytestmark = pytest.mark.skipif(native.isa() is None, reason=f"no C++ kernels: {native.problem}")
 
 HIGHEST = native.isa()
-HERE = native.LEVELS[: native.LEVELS.index(HIGHEST) + 1] if HIGHEST else ()
 # Root of the mean square error relative to that of the result; float32 is the kernels' own.
 ERRORS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 
+# Not the fixture `level`: hypothesis takes none that is made anew for every test.
 @pytest.fixture(autouse=True)
 def highest_level_afterwards() -> Iterator[None]:
     yield
@@ -104,7 +105,7 @@ shapes = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("level", LEVELS)
 @settings(max_examples=60, deadline=None)
 @given(shape=shapes, tokens=st.integers(1, 20), dtype=st.sampled_from(list(ERRORS)), threads=st.integers(1, 3), tiled=st.booleans())
 def test_packed_linear(level: str, shape: dict, tokens: int, dtype: torch.dtype, threads: int, tiled: bool) -> None:
@@ -127,7 +128,7 @@ def test_packed_linear(level: str, shape: dict, tokens: int, dtype: torch.dtype,
     assert (y.double() - expected).norm() < ERRORS[dtype] * max(expected.norm(), size)
 
 
-@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("level", LEVELS)
 def test_wide_layers_in_parts_by_rows_and_by_tokens(level: str) -> None:
     native.use_isa(level)
     torch.manual_seed(0)
@@ -141,7 +142,7 @@ def test_wide_layers_in_parts_by_rows_and_by_tokens(level: str) -> None:
             torch.testing.assert_close(packed_linear(x[token], **tensors, tiles=tiles), y[token], rtol=1e-6, atol=1e-4)
 
 
-@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(("n_in", "group"), [(600, None), (72, None), (320, 32), (192, 96)])
 def test_int8_sums(level: str, n_in: int, group: int | None) -> None:
     native.use_isa(level)
@@ -155,7 +156,7 @@ def test_int8_sums(level: str, n_in: int, group: int | None) -> None:
         assert 1e-3 < relative_error(y, exact(x, tensors)) < 2e-2
 
 
-@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("level", LEVELS)
 def test_int8_sums_of_mixed_experts_and_several_planes(level: str) -> None:
     native.use_isa(level)
     torch.manual_seed(0)
@@ -168,7 +169,7 @@ def test_int8_sums_of_mixed_experts_and_several_planes(level: str) -> None:
     assert y[2].isnan().all() and y[:2].isfinite().all()
 
 
-@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("level", LEVELS)
 def test_outliers_keep_their_neighbours(level: str) -> None:
     native.use_isa(level)
     torch.manual_seed(0)
@@ -181,7 +182,7 @@ def test_outliers_keep_their_neighbours(level: str) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("group", [None, 8, 32])
 @pytest.mark.parametrize("experts", [1, 4])
-@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("level", LEVELS)
 def test_what_is_not_finite_comes_out_as_nan(level: str, experts: int, group: int | None, value: float) -> None:
     native.use_isa(level)
     tensors = make(1, experts, 320, 70, group, True, True)
@@ -213,10 +214,10 @@ def test_wrong_shapes_are_refused(name: str, shape: tuple[int, ...], message: st
         packed_linear(torch.randn(2, 64), **tensors | {name: torch.zeros(shape, dtype=dtype)})
 
 
-@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("level", LEVELS)
 def test_tiles_of_another_level_are_not_trusted(level: str) -> None:
     tensors = make(1, 1, 64, 20, None, True, False)
-    others = [native.tile(tensors["weight"]) for other in HERE if native.use_isa(other) is None]
+    others = [native.tile(tensors["weight"]) for other in LEVELS if native.use_isa(other) is None]
     native.use_isa(level)
     x = torch.randn(2, 64)
     for tiles in [*others, torch.zeros(1, 1, 1, dtype=torch.uint8)]:
@@ -250,7 +251,7 @@ def test_tiles_of_inference_mode_are_remembered_too() -> None:
         assert relative_error(layer(x), exact(x, make_full(second))) < 1e-4
 
 
-@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", ERRORS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 16, 17])
 def test_int8_linear(level: str, dtype: torch.dtype, tokens: int) -> None:
@@ -274,7 +275,7 @@ def test_what_the_reference_raises_is_said() -> None:
         torch.ops.bimos.packed_linear(torch.zeros(3, 64), planes, torch.ones(2, 1, 32), None, None, None, None, None)
 
 
-@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("level", LEVELS)
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 70), width=st.integers(1, 200) | st.integers(4090, 4200), tokens=st.integers(1, 9), outlier=st.sampled_from([1, 20])
@@ -298,7 +299,7 @@ def test_int8_linear_of_any_shape(level: str, rows: int, width: int, tokens: int
     assert again[-1].isnan().all() and torch.equal(again[:-1], y[:-1])
 
 
-@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("weight", [-128, 127])
 def test_int8_linear_at_the_ends_of_its_range(level: str, weight: int) -> None:
     native.use_isa(level)
@@ -311,12 +312,12 @@ def test_unknown_levels_are_refused() -> None:
         native.use_isa("sse")
 
 
-@pytest.mark.parametrize("wanted", ["reference", "mmx", *HERE])
+@pytest.mark.parametrize("wanted", ["reference", "mmx", *LEVELS])
 def test_the_environment_chooses(wanted: str) -> None:
     code = "from bimos.kernels import native; print(native.isa(), '|', native.problem)"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"BIMOS_ISA": wanted}, capture_output=True, text=True, check=True)
     isa, problem = done.stdout.strip().split(" |", 1)
-    assert isa == (wanted if wanted in HERE else "None") and (wanted in HERE or wanted in problem)
+    assert isa == (wanted if wanted in LEVELS else "None") and (wanted in LEVELS or wanted in problem)
 
 
 def test_opcheck_and_compile() -> None:
@@ -329,7 +330,7 @@ def test_opcheck_and_compile() -> None:
     assert torch.equal(compiled(x), layer(x))
 
 
-@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e-36])
 def test_int8_linear_of_what_it_cannot_scale(level: str, value: float) -> None:
     native.use_isa(level)

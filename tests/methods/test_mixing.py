@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bimos.kernels import native
 from bimos.methods import mixing
+from levels import LEVELS
 
-HIGHEST = native.isa()
-LEVELS = ("reference", *(native.LEVELS[: native.LEVELS.index(HIGHEST) + 1] if HIGHEST else ()))
 ERRORS = {torch.float32: 1e-5, torch.bfloat16: 5e-2}  # of bfloat16, a gate of few inputs has rounded gradients only
 
 
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "reference":
-        monkeypatch.setattr(mixing, "EXPERTS", ())
-    else:
-        native.use_isa(request.param)
-    yield request.param
-    if HIGHEST:
-        native.use_isa(HIGHEST)
+# Torch's own way too, which is what runs elsewhere.
+pytestmark = pytest.mark.parametrize("level", ["reference", *LEVELS], indirect=True)
 
 
 def leaves(tokens: int, n_in: int, n_out: int, experts: int, dtype: torch.dtype) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from bimos.packing.convert import unpack
 from bimos.packing.layout import Layout
 from bimos.packing.linear import PackedLinear
 from bimos.packing.sizes import size_report
+from levels import LEVELS
 
 Make = Callable[..., PreTrainedModel]
 KINDS = [
@@ -32,18 +33,7 @@ KINDS = [
     ("scale_group_int",),
     ("scale_group_int", "offset_group"),
 ]
-LEVELS = [level for level in native.LEVELS if native.isa() is not None and torch.ops.bimos.use_isa(level)]
-HIGHEST = native.isa()
-if HIGHEST:
-    native.use_isa(HIGHEST)
 over_kinds = pytest.mark.parametrize("kind", KINDS, ids="+".join)
-
-
-@pytest.fixture(autouse=True)
-def highest_level_afterwards() -> Iterator[None]:
-    yield
-    if HIGHEST:
-        native.use_isa(HIGHEST)
 
 
 def make(kind: tuple[str, ...], planes: int, n_in: int, n_out: int, size: int, bias: bool = False) -> dict[str, Tensor]:
@@ -79,11 +69,9 @@ def dense(tensors: dict[str, Tensor], size: int) -> Tensor:
 
 
 @over_kinds
-@pytest.mark.parametrize("level", [*LEVELS, "reference"])
+@pytest.mark.parametrize("level", [*LEVELS, "reference"], indirect=True)
 @pytest.mark.parametrize(("n_in", "size"), [(64, 32), (40, 40), (72, 32), (104, 64), (48, 16), (24, 5)])
 def test_product_is_that_of_the_weight(kind: tuple[str, ...], level: str, n_in: int, size: int) -> None:
-    if level != "reference":
-        native.use_isa(level)
     tensors = make(kind, 2, n_in, 7, size, bias=True)
     layer = PackedLinear.from_tensors(tensors, size)
     weight, bias = dense(tensors, size), tensors["bias"].double()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,17 +14,9 @@ from bimos.kernels import native
 from bimos.training import attention
 from bimos.training.attention import attend, fast_attention
 
-HIGHEST = native.isa()
 ERRORS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # its gradients see the rounded result
 
-pytestmark = pytest.mark.skipif(HIGHEST is None, reason="the kernels are not built")
-
-
-@pytest.fixture(params=native.LEVELS[: native.LEVELS.index(HIGHEST) + 1] if HIGHEST else ())
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    native.use_isa(request.param)
-    yield request.param
-    native.use_isa(str(HIGHEST))
+pytestmark = pytest.mark.skipif(native.isa() is None, reason="the kernels are not built")
 
 
 @pytest.fixture
