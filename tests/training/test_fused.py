@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,19 +12,13 @@ from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from bimos.kernels import native
+from bimos.methods.mixing import mix
+from bimos.training.attention import attend
 from bimos.training.fused import PREFIX, fused, gated_silu, rms_norm
 
-HIGHEST = native.isa()
 ERRORS = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
 
-pytestmark = pytest.mark.skipif(HIGHEST is None, reason="the kernels are not built")
-
-
-@pytest.fixture(params=native.LEVELS[: native.LEVELS.index(HIGHEST) + 1] if HIGHEST else ())
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    native.use_isa(request.param)
-    yield request.param
-    native.use_isa(str(HIGHEST))
+pytestmark = pytest.mark.skipif(native.isa() is None, reason="the kernels are not built")
 
 
 def exact(x: Tensor, weight: Tensor) -> Tensor:
@@ -113,9 +107,36 @@ def test_modules_of_another_kind_are_left_alone() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(2 * x)
 
+    class ByTokens(LlamaMLP):
+        def forward(self, x: Tensor) -> Tensor:
+            batch, tokens, _ = x.shape  # a ValueError where there are fewer
+            return super().forward(x.view(batch * tokens, -1)).view(batch, tokens, -1)
+
+    class Halved(LlamaRMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[..., ::2]
+
     config = LlamaConfig(hidden_size=16, intermediate_size=24, num_attention_heads=2)
-    model = nn.Sequential(Centred(16), nn.LayerNorm(16, bias=False), Twice(config), LlamaRMSNorm(16), LlamaMLP(config))
+    others = Centred(16), nn.LayerNorm(16, bias=False), Twice(config), ByTokens(config), Halved(16)
+    model = nn.Sequential(*others, LlamaRMSNorm(16), LlamaMLP(config))
     before = [type(module) for module in model]
     with fused(model):
-        assert [type(module) is kind for module, kind in zip(model, before, strict=True)] == [True, True, True, False, False]
+        assert [type(module) is kind for module, kind in zip(model, before, strict=True)] == [True] * len(others) + [False, False]
     assert [type(module) for module in model] == before
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: rms_norm(x, torch.ones(16), 1e-5),
+        lambda x: gated_silu(x, x),
+        lambda x: attend(x, x, x, 0.25),
+        lambda x: mix(x, None, torch.ones(1, 16)),
+    ],
+    ids=["norm", "gate", "attention", "mix"],
+)
+def test_gradients_of_gradients_are_refused(function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(1, 2, 3, 16, requires_grad=True)
+    (grad,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

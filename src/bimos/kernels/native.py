@@ -17,6 +17,7 @@ from bimos.errors import BimosError
 from bimos.kernels import ops  # noqa: F401 - schemas come first
 
 LEVELS = ("scalar", "avx2", "avx512")
+TRAINED = (torch.float32, torch.bfloat16)  # what training computes in
 LIBRARY = Path(os.environ.get("BIMOS_NATIVE") or Path(__file__).with_name("_native.so"))
 
 
@@ -42,6 +43,12 @@ _level, problem = _load()
 def isa() -> str | None:
     """The instruction level in use; None where the ops run in plain torch, and `problem` says why."""
     return _level
+
+
+def covers(*values: Tensor) -> bool:
+    """Whether the kernels of training take these: built, and all values on a CPU, in float32 or all in bfloat16."""
+    first = values[0].dtype
+    return isa() is not None and first in TRAINED and all(value.device.type == "cpu" and value.dtype == first for value in values)
 
 
 def use_isa(name: str) -> None:

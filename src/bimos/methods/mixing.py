@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bimos.kernels import native
 
@@ -40,14 +41,7 @@ def mix(x: Tensor, gate: Tensor | None, scales: Tensor) -> Tensor:
 
 
 def _is_covered(x: Tensor, scales: Tensor) -> bool:
-    return (
-        native.isa() is not None
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and scales.dtype == torch.float32
-        and len(scales) in EXPERTS
-        and not torch.compiler.is_compiling()
-    )
+    return native.covers(x) and scales.dtype == torch.float32 and len(scales) in EXPERTS and not torch.compiler.is_compiling()
 
 
 class _RouteAndMix(torch.autograd.Function):
@@ -58,6 +52,7 @@ class _RouteAndMix(torch.autograd.Function):
         return scaled, gate
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, gate, router, scales = ctx.saved_tensors
         of_x, of_router, of_scales = torch.ops.bimos.mix_backward(grad, grad_gate, x, gate, router, scales)
@@ -72,6 +67,7 @@ class _Mix(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         x, gate, scales = ctx.saved_tensors
         of_x, of_gate, of_scales = torch.ops.bimos.mix_backward(grad, None, x, gate, None, scales)

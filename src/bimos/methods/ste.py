@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from bimos.kernels import native
 
@@ -134,6 +135,7 @@ class _TableProduct(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         of_x = torch.ops.bimos.packed_linear(grad, ctx.bits, None, None, None, None, None, ctx.tiled)

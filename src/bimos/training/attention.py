@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -61,6 +62,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (*torch.ops.bimos.causal_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None)
 
@@ -81,9 +83,7 @@ def _forward(
         causal
         and attention_mask is None
         and dropout == 0
-        and query.device.type == "cpu"
-        and query.dtype in (torch.float32, torch.bfloat16)
-        and query.dtype == key.dtype == value.dtype
+        and native.covers(query, key, value)
         and query.shape[2] == key.shape[2]
         and query.shape[3] == key.shape[3] == value.shape[3]
         and query.shape[1] % key.shape[1] == 0

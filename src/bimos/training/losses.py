@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bimos.kernels import native
 
@@ -65,7 +66,8 @@ class _ChunkedKL(torch.autograd.Function):
             with torch.enable_grad():
                 logits = head(part)
             target, index = targets(chunk)
-            if index is None and deviation is None and _is_fused(logits, target):
+            if index is None and deviation is None and native.covers(logits, target):
+                # A few passes over each row, instead of a dozen over all of a chunk in float32 (csrc/divergence.cpp).
                 values, slope = torch.ops.bimos.kl_divergence(logits.detach(), target, temperature, temperature / count)
                 total += values.sum()
             else:
@@ -80,19 +82,10 @@ class _ChunkedKL(torch.autograd.Function):
         return total * (temperature**2 / count)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None, None, None, None, None
-
-
-def _is_fused(student: Tensor, teacher: Tensor) -> bool:
-    """Whether `csrc/divergence.cpp` has it: a few passes over each row, instead of a dozen over all of a chunk in float32."""
-    return (
-        native.isa() is not None
-        and student.device.type == teacher.device.type == "cpu"
-        and student.dtype == teacher.dtype
-        and student.dtype in (torch.float32, torch.bfloat16)
-    )
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
