@@ -125,7 +125,12 @@ def test_options() -> None:
     plain, changed = parse_rows(["auto-round", "auto-round:iters=20:initialise.sequences=8"], {}, SHARED)
     assert plain.config.tokens is None  # which are those of distillation
     assert peers.row_config(changed.config) == AutoRound(iters=20) and changed.config.initialise.sequences == 8
-    for given, fragment in (("hqq:iters=2", "iters"), ("auto-round:iters=0", "iters=0"), ("hqq:group_size=12", "group_size=12")):
+    for given, fragment in (
+        ("hqq:iters=2", "no option 'iters'"),
+        ("hqq:name=x", "no option 'name'"),
+        ("auto-round:iters=0", "iters=0"),
+        ("hqq:group_size=12", "group_size=12"),
+    ):
         with pytest.raises(BimosError, match=fragment):
             parse_rows([given], {}, SHARED)
     with pytest.raises(BimosError, match="rows 'hqq' and 'hqq:group_size=64' are the same run"):

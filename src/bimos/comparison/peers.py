@@ -162,7 +162,11 @@ def row_config(config: RunConfig) -> MethodConfig:
     """Options of a row's method or library. Raises BimosError: see `method_config`."""
     if config.method not in PEERS:
         return method_config(config.method, config.options)
-    return build(PEERS[config.method], config.options, config.method)
+    peer = PEERS[config.method]
+    known = {field.name for field in dataclasses.fields(peer)}
+    if unknown := sorted(set(config.options) - known):
+        raise BimosError(f"{peer.name} has no option '{', '.join(unknown)}'; its options: {', '.join(sorted(known))}")
+    return build(peer, config.options, peer.name)
 
 
 def run(model: str | Path, output: Path, config: RunConfig) -> None:
