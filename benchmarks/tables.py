@@ -87,7 +87,7 @@ def kernels() -> str:
     lines = [
         f"A packed linear with {result['experts']} experts against torch's bfloat16 `F.linear` of the same shape, {result['threads']} "
         f"threads of {result['machine']['cpu']}, {result['level']}, router, scales and the call included: times as fast, exact / `int8` "
-        "(`benchmarks/kernels.py`).",
+        "(`benchmarks/products.py`).",
         "",
         "| in x out | " + " | ".join(f"{tokens} token{'s' if tokens != '1' else ''}" for tokens in shown) + " |",
         "| --- " * (1 + len(shown)) + "|",
@@ -164,6 +164,8 @@ def document() -> str:
         for metric in ("acc", "acc_norm"):
             if lines := table.task_table(compared, metric):
                 parts += [f"Zero-shot, {metric}, %:", table.markdown(lines)]
+        if notes := table.notes(compared):
+            parts.append("\n".join(f"- {note}" for note in notes))
         commits = sorted({str(row["commit"])[:12] for row in compared["rows"]})
         versions = sorted({f"{name} {version}" for row in compared["rows"] for name, version in row["versions"].items()})
         parts.append(f"Commit {', '.join(commits)}; {', '.join(versions)}. Recipes of all rows: `{(folder / 'rows').relative_to(ROOT)}`.")

@@ -52,11 +52,19 @@ def test_comparisons_fill_both_documents(tables: ModuleType, monkeypatch: pytest
         "machine": {"cpu": "CPU", "cores": 2},
         "commit": "0123456789abcdef",
     }
+    peer = {
+        "row": "hqq",
+        "body_bits_per_weight": 2.5,
+        "perplexity": {"wikitext2": row["perplexity"]["wikitext2"] | {"value": 456.5}},
+        "tasks": {},
+        "stages": [{"name": "library", "tokens": 0, "seconds": 30.0, "peak_memory_bytes": 2_000_000}],
+        "peer": {"library": "hqq", "version": "0.2.8", "own_body_bits_per_weight": 2.5},
+    }
     setting = {"model": "some/model", "data": "wiki.txt", "tokens": 4096, "minutes": None, "seed": 0, "embedding_bits": 8, "limit": 5}
     folder = tmp_path / "benchmarks" / "results" / "compare-small"
     folder.mkdir()
     (folder / "pareto.svg").write_text("<svg/>")
-    (folder / "comparison.json").write_text(json.dumps({"setting": setting, "rows": [row]}))
+    (folder / "comparison.json").write_text(json.dumps({"setting": setting, "rows": [row, row | peer]}))
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "RESULTS", folder.parent)
     monkeypatch.setattr(tables, "DOCUMENT", tmp_path / "docs" / "results.md")
@@ -71,6 +79,8 @@ def test_comparisons_fill_both_documents(tables: ModuleType, monkeypatch: pytest
         assert "| binarymos:num_experts=2 | 1.125 | 2.500 | 45.0 MB | 123 ± 1.5 |" in text and f"]({plot})" in text
     assert "[docs/results.md](docs/results.md)" in readme
     assert "50.0 ± 12.5" in document and "0123456789ab" in document and "## small" in document
+    assert "| hqq | 2.500 | 2.500 | 45.0 MB | 456 ± 1.5 | – | 0.5 |" in document  # noqa: RUF001 - a dash
+    assert "- hqq: rounded by hqq 0.2.8 (2.500 bits a body weight in its own format)" in document
     assert check(tables, monkeypatch) == 0
     (folder / "comparison.json").write_text(json.dumps({"setting": setting, "rows": [row | {"body_bits_per_weight": 1.5}]}))
     assert "run benchmarks/tables.py" in str(check(tables, monkeypatch))

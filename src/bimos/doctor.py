@@ -23,6 +23,8 @@ OPTIONAL = {
     "lm_eval": "zero-shot tasks: pip install 'bimos[eval]'",
     "matplotlib": "pictures of bimos compare and inspect: pip install 'bimos[eval]'",
     "tensorboard": "training curves: pip install 'bimos[logging]'",
+    "hqq": "a row of bimos compare: pip install 'bimos[peers]'",
+    "auto-round": "a row of bimos compare: pip install 'bimos[peers]'",
 }
 # Instruction sets that fast kernels for signs can use, as /proc/cpuinfo names them.
 CPU_FEATURES = (

@@ -21,8 +21,8 @@ def compare(
         str | None,
         typer.Option(
             metavar="ROWS",
-            help="With commas: `fp16` (the model itself), methods, .yaml recipes; options behind colons: `binarymos:num_experts=8`, "
-            "`onebit:distill.lr_latent=1e-3`, `sign:untrained`.",
+            help="With commas: `fp16` (the model itself), methods, `hqq` and `auto-round` (libraries), .yaml recipes; options behind "
+            "colons: `binarymos:num_experts=8`, `onebit:distill.lr_latent=1e-3`, `sign:untrained`.",
         ),
     ] = None,
     data: Annotated[str | None, typer.Option(metavar="SRC", help="Text to train on, as in `bimos quantize`.")] = None,

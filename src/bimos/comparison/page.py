@@ -40,7 +40,7 @@ def _page(comparison: dict[str, Any], plot: bytes) -> str:
         task_tables=_task_tables(comparison),
         plot=picture(plot, "svg+xml", "bits per body weight against perplexity, a mark for every row"),
         verdicts=_verdicts(comparison),
-        notes=_notes(rows),
+        notes=table.notes(comparison),
         origin=first,
         others=[name for name, entries in origins.items() if entries != first],
         recipes=[(row["row"], _recipe(row)) for row in table.ordered(comparison) if row["config"]],
@@ -69,17 +69,6 @@ def _verdicts(comparison: dict[str, Any]) -> list[str]:
         beaten = f"No row beats these in both bits and perplexity: {', '.join(row[0] for row in front)}."
         said.append(f"{label}: lowest with {name}{against}. {beaten}")
     return said
-
-
-def _notes(rows: list[dict[str, Any]]) -> list[str]:
-    """What readers must know of single rows: why a model does not run in the engine, and how a perplexity was measured otherwise."""
-    whys: dict[str, list[str]] = {}
-    for row in rows:
-        if row["speed"]["why"]:
-            whys.setdefault(row["speed"]["why"], []).append(row["row"])
-    notes = [f"Decoded by transformers: {', '.join(names)} ({why})." for why, names in whys.items()]
-    said = {f"{entry['text']}: {entry['note']}." for row in rows for entry in row["perplexity"].values() if entry.get("note")}
-    return notes + sorted(said)
 
 
 def _recipe(row: dict[str, Any]) -> str:

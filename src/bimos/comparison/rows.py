@@ -1,7 +1,7 @@
 """Which rows a comparison has: `binarymos`, `binarymos:num_experts=8`, `sign:untrained`, `fp16`, `recipe.yaml`.
 
-A row is a method, or a file with a recipe, and options behind colons. An option with a dot in its name is one of the run
-(`distill.lr_latent=1e-3`), any other one of the method. What all rows must share replaces what a recipe says of it.
+A row is a method, a library (`bimos.comparison.peers`), or a file with a recipe, and options behind colons. An option with a dot in its
+name is one of the run (`distill.lr_latent=1e-3`), any other one of the method. What all rows must share replaces what a recipe says of it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from bimos.comparison import TEACHER
+from bimos.comparison.peers import row_config, row_methods
 from bimos.config import RunConfig, override, read_yaml
 from bimos.errors import BimosError
-from bimos.methods import available_methods, method_config
 from bimos.quantize import DEFAULT_MINUTES
 
 UNTRAINED = "untrained"  # neither blocks nor distillation: what a method makes of weights and calibration text alone
@@ -65,7 +65,7 @@ def _whole(row: Row) -> dict[str, Any] | None:
     """The config with every option of the method, also those that are as they are by default."""
     if row.config is None:
         return None
-    return row.config.to_dict() | {"options": method_config(row.config.method, row.config.options).to_dict()}
+    return row.config.to_dict() | {"options": row_config(row.config).to_dict()}
 
 
 def _row(specification: str, base: dict[str, Any], shared: dict[str, Any]) -> Row:
@@ -76,10 +76,10 @@ def _row(specification: str, base: dict[str, Any], shared: dict[str, Any]) -> Ro
         return Row(TEACHER, None)
     if head.endswith((".yaml", ".yml")):
         name, values = Path(head).stem, read_yaml(head)
-    elif head in available_methods():
+    elif head in row_methods():
         name, values = head, base | {"method": head, "options": {}}
     else:
-        known = ", ".join((TEACHER, *available_methods()))
+        known = ", ".join((TEACHER, *row_methods()))
         raise BimosError(f"row '{specification}': unknown method '{head}'; known: {known}, or a .yaml file with a recipe")
     try:
         config = _config(values, options, shared, specification)
@@ -104,7 +104,7 @@ def _config(values: dict[str, Any], options: list[str], shared: dict[str, Any], 
     if values["tokens"] is None and values["minutes"] is None:
         values["minutes"] = DEFAULT_MINUTES
     config = RunConfig.from_dict(values, source)
-    method_config(config.method, config.options)
+    row_config(config)
     return config
 
 
@@ -112,5 +112,5 @@ def _distills(values: dict[str, Any]) -> bool:
     """Whether a run of these options ends with distillation: as they say, else if the method is one that is trained."""
     section = values.get("distill")
     enabled = section.get("enabled") if isinstance(section, dict) else None
-    method = available_methods().get(str(values.get("method", RunConfig.method)))
+    method = row_methods().get(str(values.get("method", RunConfig.method)))
     return getattr(method, "trained", True) if enabled is None else enabled is not False

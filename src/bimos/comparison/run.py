@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from bimos.comparison.page import write_pages
+from bimos.comparison.peers import Peer, row_config
 from bimos.comparison.rows import Row
 from bimos.comparison.setting import Setting, check_place, read_setting
 from bimos.comparison.work import Job
@@ -28,7 +29,6 @@ from bimos.errors import BimosError
 from bimos.evaluation.texts import load_text
 from bimos.evaluation.versions import write_json
 from bimos.evaluation.zeroshot import check_tasks, expand
-from bimos.methods import method_config
 from bimos.models import convertible_linears, empty_model, load_config
 from bimos.resume import flat
 
@@ -71,7 +71,7 @@ def compare(
     names = expand(tasks) if tasks else []
     if names:
         check_tasks(names)
-    _check_fit(rows, setting.model)
+    _check_fit(rows, setting.model, output)
     try:
         output.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def read(output: Path) -> dict[str, Any]:
 
 
 def _finish(output: Path, row: Row, job: Job, console: Console | None, spawn: Spawn) -> None:
-    path, folder = output / "rows" / f"{row.slug}.json", Path(job.folder)
+    path, folder = _row_file(output, row), Path(job.folder)
     known = _load(path) if path.exists() else None
     if known is not None:
         wanted = {"perplexity": set(job.texts), "tasks": set(job.tasks)}
@@ -131,6 +131,10 @@ def _finish(output: Path, row: Row, job: Job, console: Console | None, spawn: Sp
     spawn(job, ["speed"])  # by itself: peak memory is that of a process
     parts = {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("made", "evaluation", "speed")}
     write_json(path, {"row": row.name, **parts["made"], "config": job.config, **parts["evaluation"], "speed": parts["speed"]})
+
+
+def _row_file(output: Path, row: Row) -> Path:
+    return output / "rows" / f"{row.slug}.json"
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -161,14 +165,16 @@ def _in_a_process(job: Job, steps: list[str]) -> None:
         raise BimosError(f"its process {reason}")
 
 
-def _check_fit(rows: Sequence[Row], model: str) -> None:
-    """Raises BimosError: a row whose method cannot store this model's linears, or whose `skip` matches none."""
+def _check_fit(rows: Sequence[Row], model: str, output: Path) -> None:
+    """Raises BimosError: a row whose method cannot store this model's linears, whose `skip` matches none, or whose library is missing."""
     empty = empty_model(load_config(model))
     for row in rows:
         try:
             linears = convertible_linears(empty, row.config.skip if row.config else ())
             if row.config is not None:
-                method = method_config(row.config.method, row.config.options)
+                method = row_config(row.config)
+                if isinstance(method, Peer) and not _row_file(output, row).exists():
+                    method.require()
                 for linear in linears.values():
                     method.packed_layout(linear.in_features, linear.out_features, linear.bias is not None)
         except BimosError as error:
@@ -177,7 +183,7 @@ def _check_fit(rows: Sequence[Row], model: str) -> None:
 
 def _check_same(output: Path, folder: Path, row: Row) -> None:
     """Raises BimosError: the row was finished, or begun, with another recipe."""
-    for path in (output / "rows" / f"{row.slug}.json", folder / row.slug / "job.json"):
+    for path in (_row_file(output, row), folder / row.slug / "job.json"):
         if not path.exists():
             continue
         known = _load(path)

@@ -123,3 +123,21 @@ def conditions(comparison: dict[str, Any]) -> str:
         f"text `{setting['data']}`. Bits: of the body a weight of the binarized linears, scales and all; of the model a parameter."
         f"{evaluated}{means}{limit} Peak memory is that of training; decoding is one sequence, threads: {threads}."
     )
+
+
+def notes(comparison: dict[str, Any]) -> list[str]:
+    """What readers must know of single rows: what does not run in the engine, whose work it is, how a perplexity was measured."""
+    rows = comparison["rows"]
+    whys: dict[str, list[str]] = {}
+    for row in rows:
+        if row["speed"]["why"]:
+            whys.setdefault(row["speed"]["why"], []).append(row["row"])
+    decoded = [f"Decoded by transformers: {', '.join(names)} ({why})." for why, names in whys.items()]
+    said = {f"{entry['text']}: {entry['note']}." for row in rows for entry in row["perplexity"].values() if entry.get("note")}
+    return decoded + [_library(row) for row in rows if "peer" in row] + sorted(said)
+
+
+def _library(row: dict[str, Any]) -> str:
+    peer = row["peer"]
+    own = f"{bits(peer['own_body_bits_per_weight'])} bits a body weight in its own format"
+    return f"{row['row']}: rounded by {peer['library']} {peer['version']} ({own}), packed and run here."

@@ -21,6 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from bimos.comparison import peers
 from bimos.config import RunConfig
 from bimos.errors import BimosError
 from bimos.evaluation.perplexity import perplexity
@@ -77,8 +78,11 @@ def make(job: Job, console: Console | None) -> None:
     output = Path(job.source)
     settle(output)
     if not (output / "result.json").exists():
-        unfinished = (output / WORK / "run.json").exists()
-        run(job.model, output, RunConfig.from_dict(job.config), resume=unfinished, overwrite=not unfinished, console=console)
+        config, unfinished = RunConfig.from_dict(job.config), (output / WORK / "run.json").exists()
+        if config.method in peers.PEERS:
+            peers.run(job.model, output, config)
+        else:
+            run(job.model, output, config, resume=unfinished, overwrite=not unfinished, console=console)
     result = json.loads((output / "result.json").read_text(encoding="utf-8"))
     packing = json.loads((output / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     write_json(path, result | {key: packing.get(key) for key in ("planes", "experts", "group_size", "options")})

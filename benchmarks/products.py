@@ -1,7 +1,7 @@
 """Packed linears against torch's own bfloat16 product of the same shape, router, scales and tables included.
 
-    python benchmarks/kernels.py -o benchmarks/results/kernels.json
-    BIMOS_ISA=avx2 python benchmarks/kernels.py
+    python benchmarks/products.py -o benchmarks/results/kernels.json
+    BIMOS_ISA=avx2 python benchmarks/products.py
 
 A BinaryMoS layer with 4 experts, bfloat16 activations. The two take turns, and each figure is a median, so that what else the
 machine does meets both. "hot" is the second of two calls; "cold" goes through copies of the weights that together exceed the last
