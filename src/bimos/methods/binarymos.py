@@ -16,18 +16,16 @@ import dataclasses
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimos.errors import BimosError
 from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, bias_layout, plane_layout, register
-from bimos.methods.compensation import Fit, compensated_fit, signs_of
-from bimos.methods.coupled import coupled_fit, matrix
+from bimos.methods.compensation import Fit, compensated_fit
+from bimos.methods.coupled import coupled_fit
+from bimos.methods.experts import cluster, set_apart
 from bimos.methods.mixing import mix, route_and_mix
 from bimos.methods.ste import compute_dtype, sign_linear, weighted_rank_one
 from bimos.packing.format import pack_signs
-
-SAMPLES_OF_DOUBT = 64  # a sample of this many vectors says no more about experts than the scale that they share
 
 
 class BinaryMoSLinear(TrainableLinear):
@@ -61,20 +59,18 @@ class BinaryMoSLinear(TrainableLinear):
         weight = linear.weight.detach().float()
         experts = config.num_experts
         sample = statistics.sample
-        clusters = None
-        if config.distinct_experts and experts > 1 and len(sample) >= 8 * experts:
-            clusters = _cluster(sample, experts, generator)
+        distinct = config.distinct_experts and experts > 1 and len(sample) >= 8 * experts
+        fit: Fit | None = None
         second: Fit | None = None
+        clusters = None
         if config.planes == 2:
             fit, second = coupled_fit(weight, statistics.second_moment, statistics.gram, config.compensation, config.iterations)
-            weight = weight - matrix(second)  # what is left for the first plane, whose experts start distinct
         elif statistics.gram is not None and config.compensation:
             fit = compensated_fit(weight, statistics.gram, config.compensation, config.iterations)
-        if second is not None or (statistics.gram is not None and config.compensation):
+        if fit is not None:
             rows, columns, decision = fit.row.expand(experts, -1), fit.column.expand(experts, -1), fit.decision
-            if clusters is not None:
-                rows = _expert_rows(weight, fit, statistics, F.softmax(sample @ clusters.router.T, -1))
         else:
+            clusters = cluster(sample, experts, generator) if distinct else None
             fits = []
             for expert in range(experts):
                 second_moment = statistics.second_moment
@@ -98,6 +94,8 @@ class BinaryMoSLinear(TrainableLinear):
                     # The authors' only symmetry breaker: nn.Linear's own random start.
                     bound = linear.in_features**-0.5
                     layer.router.copy_((torch.rand(layer.router.shape, generator=generator) * 2 - 1) * bound)
+        if fit is not None and distinct and layer.router is not None and config.expert_steps:
+            set_apart(layer, layer.router, weight, statistics, config.expert_steps, generator)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,7 +148,10 @@ class BinaryMoSConfig(MethodConfig):
     planes: int = 1  # 2: another sign plane with scales of its own, trained with the first
     compensation: int = 3  # rounds in which signs make good each other's errors, where inputs are known; 0: signs of the weights
     iterations: int = 8  # of activation-weighted least squares for the scales; 0: rank-1 SVD of |W|
-    distinct_experts: bool = True  # experts start from clusters of tokens
+    distinct_experts: bool = (
+        True  # experts start apart: by steps on the linear's error where inputs are known, else from clusters of tokens
+    )
+    expert_steps: int = 60  # of the former
     latent_magnitude: float | None = 0.25  # mean |latent| at the start; None: the teacher's weights as they are
 
     def __post_init__(self) -> None:
@@ -158,7 +159,7 @@ class BinaryMoSConfig(MethodConfig):
             raise BimosError(f"num_experts={self.num_experts}: must be from 1 to 256")
         if self.planes not in (1, 2):
             raise BimosError(f"planes={self.planes}: must be 1 or 2")
-        for name in ("iterations", "compensation"):
+        for name in ("iterations", "compensation", "expert_steps"):
             if getattr(self, name) < 0:
                 raise BimosError(f"{name}={getattr(self, name)}: must be 0 or more")
         if self.latent_magnitude is not None and self.latent_magnitude <= 0:
@@ -186,50 +187,3 @@ def _latents(decision: Tensor, rows: Tensor, columns: Tensor, magnitude: float |
     most = 6 * latents.abs().median()
     latents.clamp_(-most, most)
     return latents.mul_(magnitude / latents.abs().mean().clamp_min(1e-8))
-
-
-def _expert_rows(weight: Tensor, fit: Fit, statistics: InputStatistics, gate: Tensor) -> Tensor:
-    """Output scales `[e, out]`: each row's least-squares mix over the sample, gates `[n, e]` given; held to the shared scale.
-
-    Vectors count as they do in the fit of the signs: where a few are hundreds of times larger, they must not decide alone.
-    """
-    sample, importance = statistics.sample, statistics.importance
-    if importance is not None:
-        sample = sample * importance.sqrt()[:, None]
-    experts, count = gate.shape[1], len(gate)
-    product = (sample * fit.column) @ signs_of(fit.decision).T  # [n, out], to be scaled by the mix
-    residual = (sample @ weight.T - product * fit.row) * product
-    pairs = (gate[:, :, None] * gate[:, None, :]).flatten(1)  # [n, e*e]
-    energy = product.square()
-    normal = (energy.T @ pairs).unflatten(1, (experts, -1))  # [out, e, e]
-    ridge = (0.1 + SAMPLES_OF_DOUBT / count) * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    normal = normal + ridge[:, None, None] * torch.eye(experts, device=gate.device)
-    return fit.row + torch.linalg.solve(normal, residual.T @ gate).T
-
-
-@dataclasses.dataclass(frozen=True)
-class _Clusters:
-    labels: Tensor  # [n]
-    router: Tensor  # [e, in], whose softmax prefers a token's cluster
-
-
-def _cluster(sample: Tensor, experts: int, generator: torch.Generator) -> _Clusters:
-    """Spherical k-means over input vectors `[n, in]`; None of the clusters comes back empty."""
-    points = F.normalize(sample, dim=-1)
-    centres = points[torch.randperm(len(points), generator=generator)[:experts]]
-    for _ in range(10):
-        labels = (points @ centres.T).argmax(-1)
-        for expert in range(experts):
-            members = points[labels == expert]
-            if len(members) == 0:  # start again from the point that fits worst
-                members = points[(points @ centres.T).amax(-1).argmin()][None]
-            centres[expert] = F.normalize(members.mean(0), dim=0)
-    labels = (points @ centres.T).argmax(-1)
-    for expert in range(experts):
-        if not (labels == expert).any():
-            shared = labels.bincount(minlength=experts)[labels] > 1  # taking one of these leaves no other cluster empty
-            labels[(points @ centres[expert]).masked_fill(~shared, -torch.inf).argmax()] = expert
-    # No bias term exists, so what all centres share is taken out; the spread makes gates soft at the start.
-    router = centres - centres.mean(0)
-    spread = (sample @ router.T).std().clamp_min(1e-6)
-    return _Clusters(labels, router / spread)
