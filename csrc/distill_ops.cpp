@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "divergence.h"
-#include "flash.h"
+#include "flash_bf16.h"
 #include "norm.h"
 #include "silu.h"
 #include "tensors.h"
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   Tensor lse = torch::stable::new_empty(query, std::array<int64_t, 3>{given.batch, problem.heads, problem.tokens}, ScalarType::Float);
   problem.out = given.turned(out);
   problem.lse = static_cast<float*>(lse.mutable_data_ptr());
-  given.run(flash::functions_for(level().name).forward);
+  given.run(flash::training_for(level().name, problem.is_float).forward);
   return {out, lse};
 }
 
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& qu
   problem.of_query = of_query.mutable_data_ptr();
   problem.of_key = of_key.mutable_data_ptr();
   problem.of_value = of_value.mutable_data_ptr();
-  given.run(flash::functions_for(level().name).backward);
+  given.run(flash::training_for(level().name, problem.is_float).backward);
   return {of_query, of_key, of_value};
 }
 
