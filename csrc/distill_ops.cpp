@@ -6,6 +6,7 @@
 
 #include "divergence.h"
 #include "flash_bf16.h"
+#include "integers.h"
 #include "norm.h"
 #include "silu.h"
 #include "tensors.h"
@@ -217,6 +218,42 @@ std::tuple<Tensor, Tensor> gated_silu_backward(const Tensor& grad, const Tensor&
   return {of_gate, of_up};
 }
 
+// Rows of x [..., n] as int8 [rows, n] and scales [rows]; see integers.h.
+std::tuple<Tensor, Tensor> round_rows(const Tensor& x) {
+  const std::optional<Dtype> dtype = dtype_of(x);
+  STD_TORCH_CHECK(dtype == Dtype::float32 || dtype == Dtype::bfloat16, "round_rows takes float32 or bfloat16");
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) > 0, "round_rows takes rows of one value or more");
+  const int64_t n = x.size(x.dim() - 1), count = x.numel() / n;
+  const Tensor values = compact(x);
+  Tensor out = torch::stable::new_empty(x, std::array<int64_t, 2>{count, n}, ScalarType::Char);
+  Tensor scale = torch::stable::new_empty(x, std::array<int64_t, 1>{count}, ScalarType::Float);
+  const integers::Rows rows{values.const_data_ptr(), static_cast<int8_t*>(out.mutable_data_ptr()), static_cast<float*>(scale.mutable_data_ptr()), n};
+  const auto function = integers::functions_for(level().name, dtype == Dtype::float32).round;
+  torch::stable::parallel_for(0, count, rows_worth_a_thread(n), [&](int64_t begin, int64_t end) { function(rows, begin, end); });
+  return {out, scale};
+}
+
+// y [rows, n], in the dtype of `like`, of int32 sums [rows, n] and scales of rows and columns.
+Tensor scale_sums(const Tensor& sums, const Tensor& row, const Tensor& column, const Optional& bias, const Tensor& like) {
+  const std::optional<Dtype> dtype = dtype_of(like);
+  STD_TORCH_CHECK(dtype == Dtype::float32 || dtype == Dtype::bfloat16, "scale_sums makes float32 or bfloat16");
+  STD_TORCH_CHECK(sums.dim() == 2 && sums.scalar_type() == ScalarType::Int, "sums are int32 [rows, n]");
+  const int64_t count = sums.size(0), n = sums.size(1);
+  STD_TORCH_CHECK(row.numel() == count && column.numel() == n && (!bias || bias->numel() == n), "scales or bias do not fit the sums");
+  for (const Tensor* scales : {&row, &column}) STD_TORCH_CHECK(scales->scalar_type() == ScalarType::Float, "scales are float32");
+  STD_TORCH_CHECK(!bias || bias->scalar_type() == ScalarType::Float, "the bias is float32");
+  const Tensor given = compact(sums), rows = compact(row), columns = compact(column);
+  Optional offsets;
+  if (bias) offsets = compact(*bias);
+  Tensor out = torch::stable::new_empty(like, std::array<int64_t, 2>{count, n});
+  const integers::Sums all{static_cast<const int32_t*>(given.const_data_ptr()), static_cast<const float*>(rows.const_data_ptr()),
+                           static_cast<const float*>(columns.const_data_ptr()),
+                           offsets ? static_cast<const float*>(offsets->const_data_ptr()) : nullptr, out.mutable_data_ptr(), n};
+  const auto function = integers::functions_for(level().name, dtype == Dtype::float32).scale;
+  torch::stable::parallel_for(0, count, rows_worth_a_thread(n), [&](int64_t begin, int64_t end) { function(all, begin, end); });
+  return out;
+}
+
 }  // namespace
 }  // namespace bimos
 
@@ -227,6 +264,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bimos, library) {
   library.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inverse) -> (Tensor, Tensor)");
   library.def("gated_silu(Tensor gate, Tensor up) -> Tensor");
   library.def("gated_silu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)");
+  library.def("round_rows(Tensor x) -> (Tensor, Tensor)");
+  library.def("scale_sums(Tensor sums, Tensor row, Tensor column, Tensor? bias, Tensor like) -> Tensor");
   library.def(
       "causal_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, float scale) -> "
       "(Tensor, Tensor, Tensor)");
@@ -239,5 +278,7 @@ STABLE_TORCH_LIBRARY_IMPL(bimos, CPU, library) {
   library.impl("rms_norm_backward", TORCH_BOX(&bimos::rms_norm_backward));
   library.impl("gated_silu", TORCH_BOX(&bimos::gated_silu));
   library.impl("gated_silu_backward", TORCH_BOX(&bimos::gated_silu_backward));
+  library.impl("round_rows", TORCH_BOX(&bimos::round_rows));
+  library.impl("scale_sums", TORCH_BOX(&bimos::scale_sums));
   library.impl("causal_attention_backward", TORCH_BOX(&bimos::backward));
 }
