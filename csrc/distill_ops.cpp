@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "divergence.h"
-#include "flash.h"
+#include "flash_bf16.h"
 #include "norm.h"
 #include "silu.h"
 #include "tensors.h"
@@ -64,7 +64,7 @@ struct Given {
     return {held.back().const_data_ptr(), problem.tokens * row, problem.n, row};
   }
 
-  flash::Functions functions() const { return flash::functions_for(level().name, is_float); }
+  flash::Functions functions() const { return flash::training_for(level().name, is_float); }
 
   void run(flash::Function function) const {
     torch::stable::parallel_for(0, batch * problem.key_heads, 1, [&](int64_t begin, int64_t end) {

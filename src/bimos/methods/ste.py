@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -63,23 +64,39 @@ class SharedSigns:
 
     def __enter__(self) -> None:
         for latent, signs in zip(self._latents, self._signs, strict=True):
-            write_signs(latent.detach(), signs)
-            latent.shared_signs = signs.detach().requires_grad_(latent.requires_grad)  # type: ignore[attr-defined]
+            leaf = signs.detach().requires_grad_(latent.requires_grad)
+            tiles = None
             if signs.dtype == torch.bfloat16 and tables_pay(latent):
-                latent.shared_tiles = (_tiled(latent, False), _tiled(latent, True))  # type: ignore[attr-defined]
+                tiles = (*_tiled(latent, False), *_tiled(latent, True))
+            latent.shared_signs = _Shared(leaf, tiles)  # type: ignore[attr-defined]
+            if tiles is None:
+                latent.shared_signs.written(latent)  # type: ignore[attr-defined]
 
     def __exit__(self, *_: object) -> None:
         for latent, buffer in zip(self._latents, self._grads, strict=True):
-            grad = latent.shared_signs.grad  # type: ignore[attr-defined]
+            grad = latent.shared_signs.leaf.grad  # type: ignore[attr-defined]
             del latent.shared_signs  # type: ignore[attr-defined]
-            if hasattr(latent, "shared_tiles"):
-                del latent.shared_tiles
             if grad is None or buffer is None:
                 continue
             if latent.grad is None:
                 latent.grad = stop_outside(buffer.copy_(grad), latent.detach())
             else:
                 latent.grad += stop_outside(grad.to(latent.dtype, copy=True), latent.detach())
+
+
+class _Shared:
+    """A latent's signs: what gradients are summed at, and tiles where products go by tables; values are written if anyone asks."""
+
+    def __init__(self, leaf: Tensor, tiles: tuple[Tensor | None, ...] | None) -> None:
+        self.leaf, self.tiles = leaf, tiles
+        self._lock, self._is_written = threading.Lock(), False
+
+    def written(self, latent: Tensor) -> Tensor:
+        with self._lock:  # lanes ask at the same time
+            if not self._is_written:
+                write_signs(latent.detach(), self.leaf.detach())
+                self._is_written = True
+        return self.leaf
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -92,19 +109,19 @@ def sign_ste(weight: Tensor, x: Tensor) -> Tensor:
     """The signs of `weight` in the dtype in which they will be multiplied with `x`. Shared with other passes: not to be written to."""
     dtype = compute_dtype(x)
     shared = getattr(weight, "shared_signs", None)
-    return shared if shared is not None and shared.dtype == dtype else SignSTE.apply(weight, dtype)
+    return shared.written(weight) if shared is not None and shared.leaf.dtype == dtype else SignSTE.apply(weight, dtype)
 
 
 def sign_linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x [..., in] sign(weight)^T`, straight through, in the dtype of autocast or `x`.
 
     With shared signs in bfloat16, by the tables of packed linears where those are the faster way (`tables_pay`), forward and for the
-    gradient of `x`. The gradient of the signs is torch's own product.
+    gradient of `x`; sums of four inputs are rounded to 8 bits then. The gradient of the signs is torch's own product.
     """
-    signs, tiles = sign_ste(weight, x), getattr(weight, "shared_tiles", None)
-    if tiles is None or not x.dtype == signs.dtype == torch.bfloat16:
-        return F.linear(x, signs)
-    return _TableProduct.apply(x, signs, *tiles[0], *tiles[1])
+    shared = getattr(weight, "shared_signs", None)
+    if shared is None or shared.tiles is None or not x.dtype == compute_dtype(x) == torch.bfloat16:
+        return F.linear(x, sign_ste(weight, x))
+    return _TableProduct.apply(x, shared.leaf, *shared.tiles)
 
 
 def tables_pay(latent: Tensor) -> bool:
@@ -131,14 +148,14 @@ class _TableProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, signs: Tensor, *tiles: Tensor) -> Tensor:
         bits, tiled, ctx.bits, ctx.tiled = tiles
         ctx.save_for_backward(x)
-        y: Tensor = torch.ops.bimos.packed_linear(x, bits, None, None, None, None, None, tiled)
+        y: Tensor = torch.ops.bimos.packed_linear(x, bits, None, None, None, None, None, tiled, True)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        of_x = torch.ops.bimos.packed_linear(grad, ctx.bits, None, None, None, None, None, ctx.tiled)
+        of_x = torch.ops.bimos.packed_linear(grad, ctx.bits, None, None, None, None, None, ctx.tiled, True)
         of_signs = grad.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
         return of_x, of_signs, None, None, None, None
 

@@ -1,0 +1,318 @@
+// Attention of bfloat16 in training by products of pairs (vdpbf16ps), which sum in float32: twice the products of flash.cpp an instruction.
+// Shares of keys, and their gradients, are rounded to bfloat16 before they are multiplied (as FlashAttention-2 does).
+//
+// A word is two values side by side along the depth of a product. Rows of words go in from the left, one word a step; from the right a
+// matrix whose row p holds, for each column, values 2p and 2p+1 of the depth.
+#include "flash_bf16.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "vectors.h"
+
+#ifdef BIMOS_X86
+#include <immintrin.h>
+#endif
+
+namespace bimos::flash {
+
+#ifdef BIMOS_X86
+namespace {
+
+#define BIMOS_TARGET __attribute__((target("avx512bf16," BIMOS_AVX512_HAS)))
+#define BIMOS_BF16 BIMOS_TARGET BIMOS_INLINE
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kPairs = kBlock / 2;
+constexpr int64_t kRows = 4, kVectors = 4;  // of a tile of sums
+
+int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Room for what a group of heads needs, in floats or words; kept from call to call by the thread.
+struct Room {
+  uint32_t* next;
+
+  explicit Room(int64_t count) {
+    thread_local std::vector<uint32_t> kept;
+    if (static_cast<int64_t>(kept.size()) < count + kWidth) kept.resize(static_cast<size_t>(count + kWidth));
+    next = kept.data() + (64 - reinterpret_cast<uintptr_t>(kept.data()) % 64) % 64 / 4;
+  }
+
+  uint32_t* words(int64_t count) {
+    uint32_t* mine = next;
+    next += up(count, kWidth);
+    return mine;
+  }
+
+  float* floats(int64_t count) { return reinterpret_cast<float*>(words(count)); }
+};
+
+BIMOS_INLINE Words load_words(const uint32_t* from) {
+  Words words;
+  std::memcpy(&words, from, sizeof words);
+  return words;
+}
+
+// c [kRows, 16 kCount] = (kAdd ? c : 0) + a b over `depth` words; word (i, p) of a is a[i * row_step + p * step].
+template <int kCount, bool kAdd>
+BIMOS_BF16 void tile(int64_t depth, const uint32_t* a, int64_t row_step, int64_t step, const uint32_t* b, int64_t b_stride, float* c, int64_t c_stride) {
+  __m512 sums[kRows][kCount];
+  for (int i = 0; i < kRows; ++i)
+    for (int v = 0; v < kCount; ++v) sums[i][v] = kAdd ? _mm512_loadu_ps(c + i * c_stride + v * kWidth) : _mm512_setzero_ps();
+  for (int64_t p = 0; p < depth; ++p) {
+    __m512bh columns[kCount];
+    for (int v = 0; v < kCount; ++v) columns[v] = std::bit_cast<__m512bh>(_mm512_loadu_si512(b + p * b_stride + v * kWidth));
+    for (int i = 0; i < kRows; ++i) {
+      const auto word = std::bit_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a[i * row_step + p * step])));
+      for (int v = 0; v < kCount; ++v) sums[i][v] = _mm512_dpbf16_ps(sums[i][v], word, columns[v]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i)
+    for (int v = 0; v < kCount; ++v) _mm512_storeu_ps(c + i * c_stride + v * kWidth, sums[i][v]);
+}
+
+// The same for a block of rows and a multiple of 16 columns; `depth(i)` is that of rows [i, i + kRows).
+template <bool kAdd, typename Depth>
+BIMOS_BF16 void multiply(int64_t columns, Depth depth, const uint32_t* a, int64_t row_step, int64_t step, const uint32_t* b, int64_t b_stride, float* c,
+                         int64_t c_stride) {
+  int64_t j = 0;
+  for (; j + kVectors * kWidth <= columns; j += kVectors * kWidth)
+    for (int64_t i = 0; i < kBlock; i += kRows)
+      tile<kVectors, kAdd>(depth(i), a + i * row_step, row_step, step, b + j, b_stride, c + i * c_stride + j, c_stride);
+  for (; j < columns; j += kWidth)
+    for (int64_t i = 0; i < kBlock; i += kRows) tile<1, kAdd>(depth(i), a + i * row_step, row_step, step, b + j, b_stride, c + i * c_stride + j, c_stride);
+}
+
+const uint16_t* row_of(const Heads& heads, int64_t batch, int64_t head, int64_t token) {
+  return static_cast<const uint16_t*>(heads.data) + batch * heads.batch + head * heads.head + token * heads.token;
+}
+
+// Tokens [first, first + kBlock) of a head, rows of `width` values; zeros where nothing is.
+void read(const Heads& heads, int64_t batch, int64_t head, int64_t first, int64_t tokens, int64_t n, int64_t width, uint32_t* words) {
+  auto* to = reinterpret_cast<uint16_t*>(words);
+  for (int64_t i = 0; i < kBlock; ++i, to += width) {
+    const int64_t count = first + i < tokens ? n : 0;
+    if (count > 0) std::memcpy(to, row_of(heads, batch, head, first + i), static_cast<size_t>(count) * 2);
+    std::memset(to + count, 0, static_cast<size_t>(width - count) * 2);
+  }
+}
+
+// Rows of a block with depth along them, [kBlock, width / 2] words, as the right side of a product: [width / 2, kBlock].
+void turn(const uint32_t* rows, int64_t width, uint32_t* to) {
+  const int64_t words = width / 2;
+  for (int64_t p = 0; p < words; ++p)
+    for (int64_t i = 0; i < kBlock; ++i) to[p * kBlock + i] = rows[i * words + p];
+}
+
+// Rows of a block with depth across them, as the right side: [kBlock / 2, width].
+BIMOS_BF16 void pair_up(const uint32_t* words, int64_t width, uint32_t* to) {
+  const auto* rows = reinterpret_cast<const uint16_t*>(words);
+  for (int64_t p = 0; p < kPairs; ++p, rows += 2 * width, to += width) {
+    for (int64_t j = 0; j < width; j += kWidth) {
+      Halves even, odd;
+      std::memcpy(&even, rows + j, sizeof even);
+      std::memcpy(&odd, rows + width + j, sizeof odd);
+      const Words both = __builtin_convertvector(even, Words) | __builtin_convertvector(odd, Words) << 16;
+      std::memcpy(to + j, &both, sizeof both);
+    }
+  }
+}
+
+BIMOS_BF16 __m512bh halves(Floats low, Floats high) { return _mm512_cvtne2ps_pbh(std::bit_cast<__m512>(high), std::bit_cast<__m512>(low)); }
+
+// Low halves of words from the first, high halves from the second.
+BIMOS_BF16 Words interleaved(Floats even, Floats odd) {
+  const auto low = __builtin_convertvector(std::bit_cast<Halves>(_mm512_cvtneps_pbh(std::bit_cast<__m512>(even))), Words);
+  const auto high = __builtin_convertvector(std::bit_cast<Halves>(_mm512_cvtneps_pbh(std::bit_cast<__m512>(odd))), Words);
+  return low | high << 16;
+}
+
+BIMOS_BF16 void write(const float* from, int64_t rows, int64_t n, int64_t width, float factor, uint16_t* to, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < n; j += kWidth) store(load(from + i * width + j, kWidth) * factor, to + i * stride + j, std::min<int64_t>(kWidth, n - j));
+}
+
+// A block of queries over the blocks of keys up to its own.
+struct Sums {
+  float *sums, *scores;  // [kBlock, width], [kBlock, kBlock]
+  uint32_t* shares;      // [kBlock, kPairs]
+  float scale;
+  float most[kBlock], total[kBlock];
+
+  BIMOS_BF16 void add(const uint32_t* query, int64_t width, const uint32_t* keys, const uint32_t* values, int64_t own) {
+    const int64_t words = width / 2;
+    std::memset(sums, 0, static_cast<size_t>(kBlock * width) * 4);
+    std::fill_n(most, kBlock, -kInfinity);
+    std::fill_n(total, kBlock, 0.0F);
+    for (int64_t k = 0; k <= own; ++k) {
+      multiply<false>(kBlock, [&](int64_t) BIMOS_ALWAYS { return words; }, query, words, 1, keys + k * words * kBlock, kBlock, scores, kBlock);
+      for (int64_t i = 0; i < kBlock; ++i) {
+        if (k == own) std::fill(scores + i * kBlock + i + 1, scores + (i + 1) * kBlock, -kInfinity);
+        weigh(i, width);
+      }
+      const auto seen = [&](int64_t i) BIMOS_ALWAYS { return k == own ? (i + kRows + 1) / 2 : kPairs; };
+      multiply<true>(width, seen, shares, kPairs, 1, values + k * kPairs * width, width, sums, width);
+    }
+  }
+
+  // Scores of row i to shares under the largest so far; earlier sums follow it.
+  BIMOS_BF16 void weigh(int64_t i, int64_t width) {
+    const float* row = scores + i * kBlock;
+    Floats highest = load(row, kWidth), sum{};
+    for (int64_t p = kWidth; p < kBlock; p += kWidth) highest = larger(load(row + p, kWidth), highest);
+    const float before = most[i], now = std::max(before, largest_of(highest) * scale);
+    for (int64_t p = 0; p < kBlock; p += 2 * kWidth) {
+      const Floats low = exponential(load(row + p, kWidth) * scale - now), high = exponential(load(row + p + kWidth, kWidth) * scale - now);
+      sum += low + high;
+      _mm512_storeu_si512(shares + i * kPairs + p / 2, std::bit_cast<__m512i>(halves(low, high)));
+    }
+    most[i] = now;
+    if (now == before) {
+      total[i] += sum_of(sum);
+      return;
+    }
+    const float factor = exponential(spread(before - now))[0];
+    total[i] = total[i] * factor + sum_of(sum);
+    for (int64_t j = 0; j < width; j += kWidth) store(load(sums + i * width + j, kWidth) * factor, sums + i * width + j, kWidth);
+  }
+};
+
+BIMOS_TARGET void forward(const Problem& problem, int64_t batch, int64_t group) {
+  const int64_t tokens = problem.tokens, n = problem.n, width = up(n, 2 * kWidth), words = width / 2, blocks = up(tokens, kBlock) / kBlock;
+  const int64_t shared = problem.heads / problem.key_heads;
+  Room room(blocks * kBlock * (words + words) + kBlock * words + kBlock * (width + kBlock + kPairs) + 8 * kWidth);
+  uint32_t *keys = room.words(blocks * words * kBlock), *values = room.words(blocks * kPairs * width), *query = room.words(kBlock * words);
+  Sums result{room.floats(kBlock * width), room.floats(kBlock * kBlock), room.words(kBlock * kPairs), problem.scale, {}, {}};
+  for (int64_t k = 0; k < blocks; ++k) {
+    read(problem.key, batch, group, k * kBlock, tokens, n, width, query);
+    turn(query, width, keys + k * words * kBlock);
+    read(problem.value, batch, group, k * kBlock, tokens, n, width, query);
+    pair_up(query, width, values + k * kPairs * width);
+  }
+  for (int64_t head = group * shared; head < (group + 1) * shared; ++head) {
+    for (int64_t q = 0; q < blocks; ++q) {
+      const int64_t first = q * kBlock, rows = std::min(kBlock, tokens - first);
+      read(problem.query, batch, head, first, tokens, n, width, query);
+      result.add(query, width, keys, values, q);
+      float* lse = problem.lse + (batch * problem.heads + head) * tokens + first;
+      auto* out = const_cast<uint16_t*>(row_of(problem.out, batch, head, first));
+      for (int64_t i = 0; i < rows; ++i) {
+        lse[i] = result.most[i] + std::log(result.total[i]);
+        write(result.sums + i * width, 1, n, width, 1.0F / result.total[i], out + i * problem.out.token, n);
+      }
+    }
+  }
+}
+
+// What a block of queries has in the backward pass.
+struct Queries {
+  uint32_t *turned, *paired, *grad_turned, *grad_paired;
+  float lse[kBlock], delta[kBlock];
+
+  BIMOS_BF16 void read_all(const Problem& problem, int64_t batch, int64_t head, int64_t first, int64_t width, uint32_t* rows, uint32_t* spare) {
+    const int64_t tokens = problem.tokens, n = problem.n, words = width / 2;
+    read(problem.query, batch, head, first, tokens, n, width, rows);
+    turn(rows, width, turned);
+    pair_up(rows, width, paired);
+    read(problem.grad, batch, head, first, tokens, n, width, rows);
+    turn(rows, width, grad_turned);
+    pair_up(rows, width, grad_paired);
+    read(problem.out, batch, head, first, tokens, n, width, spare);
+    const float* known = problem.lse + (batch * problem.heads + head) * tokens + first;
+    for (int64_t i = 0; i < kBlock; ++i) {  // rows that are not there have no share in anything
+      lse[i] = first + i < tokens ? known[i] : kInfinity;
+      Floats sum{};
+      const auto *mine = reinterpret_cast<const uint16_t*>(rows + i * words), *out = reinterpret_cast<const uint16_t*>(spare + i * words);
+      for (int64_t j = 0; j < width; j += kWidth) sum += load(mine + j, kWidth) * load(out + j, kWidth);
+      delta[i] = sum_of(sum);
+    }
+  }
+};
+
+// Shares of a block of keys (rows) in a block of queries, and what their gradients are, from products of both.
+struct Slopes {
+  float *scores, *grads;           // [kBlock keys, kBlock queries]
+  uint32_t *shares, *slopes;       // [kBlock keys, kPairs of queries]
+  uint32_t* turned;                // [kPairs of keys, kBlock queries]: slopes once more
+
+  BIMOS_BF16 void make(const Queries& queries, float scale, bool own) {
+    for (int64_t pair = 0; pair < kPairs; ++pair) {
+      for (int64_t p = 0; p < kBlock; p += 2 * kWidth) {
+        Floats share[2][2], slope[2][2];  // of key, vector
+        for (int r = 0; r < 2; ++r) {
+          const int64_t key = 2 * pair + r;
+          for (int v = 0; v < 2; ++v) {
+            const int64_t at = p + v * kWidth;
+            const Floats score = load(scores + key * kBlock + at, kWidth) * scale - load(queries.lse + at, kWidth);
+            share[r][v] = exponential(score);
+            if (own && key > at) {
+              for (int64_t i = 0; i < std::min<int64_t>(kWidth, key - at); ++i) share[r][v][i] = 0;  // queries before the key
+            }
+            slope[r][v] = share[r][v] * (load(grads + key * kBlock + at, kWidth) - load(queries.delta + at, kWidth));
+          }
+          _mm512_storeu_si512(shares + key * kPairs + p / 2, std::bit_cast<__m512i>(halves(share[r][0], share[r][1])));
+          _mm512_storeu_si512(slopes + key * kPairs + p / 2, std::bit_cast<__m512i>(halves(slope[r][0], slope[r][1])));
+        }
+        for (int v = 0; v < 2; ++v) {
+          const Words both = interleaved(slope[0][v], slope[1][v]);
+          std::memcpy(turned + pair * kBlock + p + v * kWidth, &both, sizeof both);
+        }
+      }
+    }
+  }
+};
+
+BIMOS_TARGET void backward(const Problem& problem, int64_t batch, int64_t group) {
+  const int64_t tokens = problem.tokens, n = problem.n, width = up(n, 2 * kWidth), words = width / 2, blocks = up(tokens, kBlock) / kBlock;
+  const int64_t shared = problem.heads / problem.key_heads, block = kBlock * words;
+  Room room(blocks * block * 3 + blocks * kBlock * width * 2 + 6 * block + kBlock * (width + 2 * kBlock + 3 * kPairs) + 24 * kWidth);
+  uint32_t *keys = room.words(blocks * block), *values = room.words(blocks * block), *keys_paired = room.words(blocks * block);
+  float *of_keys = room.floats(blocks * kBlock * width), *of_values = room.floats(blocks * kBlock * width), *of_query = room.floats(kBlock * width);
+  uint32_t *rows = room.words(block), *spare = room.words(block);
+  Queries queries{room.words(block), room.words(block), room.words(block), room.words(block), {}, {}};
+  Slopes made{room.floats(kBlock * kBlock), room.floats(kBlock * kBlock), room.words(kBlock * kPairs), room.words(kBlock * kPairs), room.words(kPairs * kBlock)};
+  for (int64_t k = 0; k < blocks; ++k) {
+    read(problem.value, batch, group, k * kBlock, tokens, n, width, values + k * block);
+    read(problem.key, batch, group, k * kBlock, tokens, n, width, keys + k * block);
+    pair_up(keys + k * block, width, keys_paired + k * block);
+  }
+  std::memset(of_keys, 0, static_cast<size_t>(blocks * kBlock * width) * 4);
+  std::memset(of_values, 0, static_cast<size_t>(blocks * kBlock * width) * 4);
+  const auto all_words = [&](int64_t) BIMOS_ALWAYS { return words; };
+  const auto all_pairs = [&](int64_t) BIMOS_ALWAYS { return kPairs; };
+  for (int64_t head = group * shared; head < (group + 1) * shared; ++head) {
+    const int64_t place = (batch * problem.heads + head) * tokens;
+    for (int64_t q = 0; q < blocks; ++q) {
+      const int64_t first = q * kBlock;
+      queries.read_all(problem, batch, head, first, width, rows, spare);
+      std::memset(of_query, 0, static_cast<size_t>(kBlock * width) * 4);
+      for (int64_t k = 0; k <= q; ++k) {
+        multiply<false>(kBlock, all_words, keys + k * block, words, 1, queries.turned, kBlock, made.scores, kBlock);
+        multiply<false>(kBlock, all_words, values + k * block, words, 1, queries.grad_turned, kBlock, made.grads, kBlock);
+        made.make(queries, problem.scale, k == q);
+        multiply<true>(width, all_pairs, made.shares, kPairs, 1, queries.grad_paired, width, of_values + k * kBlock * width, width);
+        multiply<true>(width, all_pairs, made.slopes, kPairs, 1, queries.paired, width, of_keys + k * kBlock * width, width);
+        multiply<true>(width, all_pairs, made.turned, 1, kBlock, keys_paired + k * block, width, of_query, width);
+      }
+      write(of_query, std::min(kBlock, tokens - first), n, width, problem.scale, static_cast<uint16_t*>(problem.of_query) + (place + first) * n, n);
+    }
+  }
+  const int64_t place = (batch * problem.key_heads + group) * tokens * n;
+  write(of_keys, tokens, n, width, problem.scale, static_cast<uint16_t*>(problem.of_key) + place, n);
+  write(of_values, tokens, n, width, 1.0F, static_cast<uint16_t*>(problem.of_value) + place, n);
+}
+
+}  // namespace
+#endif
+
+Functions training_for(const char* level, bool is_float) {
+#ifdef BIMOS_X86
+  if (!is_float && std::strcmp(level, "avx512") == 0 && __builtin_cpu_supports("avx512bf16")) return {forward, backward};
+#endif
+  return functions_for(level, is_float);
+}
+
+}  // namespace bimos::flash
