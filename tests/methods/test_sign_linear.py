@@ -45,8 +45,18 @@ def test_tables_give_what_products_give(out: int, n_in: int, tokens: int, tables
     y, of_x, of_latent = passes(latent, x, towards)
     assert y.dtype == of_x.dtype == torch.bfloat16 and of_latent.dtype == torch.float32
     for actual, wanted in ((y, expected), (of_x, towards.double() @ signs), (of_latent, of_signs)):
-        assert (actual.double() - wanted).norm() < 1e-2 * wanted.norm()
-    assert not hasattr(latent, "shared_tiles")
+        assert (actual.double() - wanted).norm() < 2e-2 * wanted.norm()  # sums of four inputs are rounded to 8 bits
+    assert not hasattr(latent, "shared_signs")
+
+
+@needs_kernels
+def test_signs_are_there_for_whoever_asks_beside_tables(tables: None) -> None:
+    torch.manual_seed(0)
+    latent, x = nn.Parameter(torch.rand(16, 24) * 1.8 - 0.9), torch.randn(5, 24).bfloat16()
+    with SharedSigns([latent], torch.bfloat16):
+        (sign_linear(x, latent) + x @ ste.sign_ste(latent, x).T).sum().backward()
+    assert latent.grad is not None
+    torch.testing.assert_close(latent.grad, (2 * x.float().sum(0)).expand(16, 24), rtol=2e-2, atol=2e-2)
 
 
 @needs_kernels

@@ -37,7 +37,7 @@ def set_apart(
     answers = sample @ weight.T if layer.bias is None else sample @ weight.T + layer.bias.detach()
     importance = torch.ones(len(sample), device=device) if statistics.importance is None else statistics.importance
     importance = importance / (importance * answers.square().sum(-1)).mean().clamp_min(1e-30)
-    size = sample.square().mean().sqrt().clamp_min(1e-6).item() * layer.in_features**0.5  # of a vector
+    size = sample.norm(dim=-1).median().clamp_min(1e-6).item()  # of a vector that is none of the few huge ones
     scales, latents = layer.roles()["scale"], layer.roles()["latent"]
     with torch.no_grad():
         router.copy_(torch.randn(router.shape, generator=generator) * (UNDECIDED / size))
@@ -57,7 +57,7 @@ def set_apart(
             (error * importance[rows]).mean().backward()
             optimizer.step()
             schedule.step()
-    optimizer.zero_grad()
+    layer.zero_grad(set_to_none=True)
     for latent in latents:
         latent.requires_grad_(True)
 
