@@ -22,7 +22,7 @@ from bimos.errors import BimosError
 from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, bias_layout, plane_layout, register
 from bimos.methods.compensation import Fit, compensated_fit
 from bimos.methods.coupled import coupled_fit
-from bimos.methods.experts import cluster, set_apart
+from bimos.methods.experts import cluster, tune_scales
 from bimos.methods.mixing import mix, route_and_mix
 from bimos.methods.ste import compute_dtype, sign_linear, weighted_rank_one
 from bimos.packing.format import pack_signs
@@ -94,8 +94,8 @@ class BinaryMoSLinear(TrainableLinear):
                     # The authors' only symmetry breaker: nn.Linear's own random start.
                     bound = linear.in_features**-0.5
                     layer.router.copy_((torch.rand(layer.router.shape, generator=generator) * 2 - 1) * bound)
-        if fit is not None and distinct and layer.router is not None and config.expert_steps:
-            set_apart(layer, layer.router, weight, statistics, config.expert_steps, generator)
+        if fit is not None and config.scale_steps and len(sample) >= 8 * experts and (distinct or experts == 1):
+            tune_scales(layer, weight, statistics, config.scale_steps, generator)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,10 +148,8 @@ class BinaryMoSConfig(MethodConfig):
     planes: int = 1  # 2: another sign plane with scales of its own, trained with the first
     compensation: int = 3  # rounds in which signs make good each other's errors, where inputs are known; 0: signs of the weights
     iterations: int = 8  # of activation-weighted least squares for the scales; 0: rank-1 SVD of |W|
-    distinct_experts: bool = (
-        True  # experts start apart: by steps on the linear's error where inputs are known, else from clusters of tokens
-    )
-    expert_steps: int = 60  # of the former
+    distinct_experts: bool = True  # experts start apart: by the steps below, or from clusters of tokens
+    scale_steps: int = 60  # of gradient, that tune scales and set experts apart where inputs are known
     latent_magnitude: float | None = 0.25  # mean |latent| at the start; None: the teacher's weights as they are
 
     def __post_init__(self) -> None:
@@ -159,7 +157,7 @@ class BinaryMoSConfig(MethodConfig):
             raise BimosError(f"num_experts={self.num_experts}: must be from 1 to 256")
         if self.planes not in (1, 2):
             raise BimosError(f"planes={self.planes}: must be 1 or 2")
-        for name in ("iterations", "compensation", "expert_steps"):
+        for name in ("iterations", "compensation", "scale_steps"):
             if getattr(self, name) < 0:
                 raise BimosError(f"{name}={getattr(self, name)}: must be 0 or more")
         if self.latent_magnitude is not None and self.latent_magnitude <= 0:

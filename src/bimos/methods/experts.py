@@ -1,4 +1,4 @@
-"""How scaling experts start: set apart by gradient steps where a layer's inputs are known, else from clusters of tokens.
+"""How scales start: tuned by gradient steps where a layer's inputs are known, experts apart from each other; else from clusters of tokens.
 
 Experts that are alike stay alike: their gradients are, too, and AdamW takes out what little differs. A few steps on the linear's own
 error, at rates that end-to-end training could not bear, give each of them something to do before that begins (docs/decisions.md).
@@ -10,7 +10,7 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from bimos.methods.base import InputStatistics, TrainableLinear
@@ -22,29 +22,29 @@ SPREAD = 0.02  # of scales at first: alike, they would have no use for a router,
 UNDECIDED = 0.3  # standard deviation of the router's logits at first
 
 
-def set_apart(
-    layer: TrainableLinear, router: nn.Parameter, weight: Tensor, statistics: InputStatistics, steps: int, generator: torch.Generator
-) -> None:
+def tune_scales(layer: TrainableLinear, weight: Tensor, statistics: InputStatistics, steps: int, generator: torch.Generator) -> None:
     """Train scales and router, in place, on how far the layer's output is from that of `weight [out, in]`. Signs stay.
 
     Input vectors count as they do in the fit of the signs: where a few are hundreds of times larger, they must not decide alone.
 
     Args:
-        layer: its experts all alike.
-        router: of the layer; its values do not matter.
+        layer: its experts, if there are several, all alike; the values of its router do not matter.
     """
     sample, device = statistics.sample, statistics.sample.device
     answers = sample @ weight.T if layer.bias is None else sample @ weight.T + layer.bias.detach()
     importance = torch.ones(len(sample), device=device) if statistics.importance is None else statistics.importance
     importance = importance / (importance * answers.square().sum(-1)).mean().clamp_min(1e-30)
     size = sample.norm(dim=-1).median().clamp_min(1e-6).item()  # of a vector that is none of the few huge ones
-    scales, latents = layer.roles()["scale"], layer.roles()["latent"]
+    roles = layer.roles()
+    scales, latents = roles["scale"], roles["latent"]
     with torch.no_grad():
-        router.copy_(torch.randn(router.shape, generator=generator) * (UNDECIDED / size))
-        for scale in scales:
+        for router in roles["router"]:
+            router.copy_(torch.randn(router.shape, generator=generator) * (UNDECIDED / size))
+        for scale in scales if roles["router"] else ():
             scale.mul_((1 + SPREAD * torch.randn(scale.shape, generator=generator)).to(device))
     groups = [{"params": [scale], "lr": RATE * scale.abs().mean().item()} for scale in scales]
-    optimizer = torch.optim.Adam([*groups, {"params": [router], "lr": 10 * RATE / size}], betas=(0.9, 0.99))
+    groups += [{"params": [router], "lr": 10 * RATE / size} for router in roles["router"]]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     schedule = LambdaLR(optimizer, lambda step: min(1.0, 2 - 2 * step / steps))
     narrow = sample.bfloat16()
     for latent in latents:
