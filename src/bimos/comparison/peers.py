@@ -23,12 +23,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bimos.config import RunConfig, build
+from bimos.config import RunConfig
 from bimos.errors import BimosError
 from bimos.evaluation.versions import provenance, write_json
 from bimos.methods import MethodConfig, StoredTensor, available_methods, method_config
 from bimos.methods.rtn2 import RTN2Config
 from bimos.models import convertible_linears, load_teacher
+from bimos.options import build
 from bimos.packing.checkpoint import save_packed
 from bimos.packing.format import pack_signs
 from bimos.packing.hf import pack_model
