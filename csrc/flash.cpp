@@ -4,38 +4,14 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <vector>
 
+#include "room.h"
 #include "vectors.h"
 
 namespace bimos::flash {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// Room for what a group of heads needs; kept from call to call by the thread.
-struct Room {
-  std::vector<float> buffer;
-  float* next;
-
-  explicit Room(std::vector<float>& kept, int64_t count) : buffer(std::move(kept)) {
-    if (static_cast<int64_t>(buffer.size()) < count + kWidth) buffer.resize(static_cast<size_t>(count + kWidth));
-    next = buffer.data() + (64 - reinterpret_cast<uintptr_t>(buffer.data()) % 64) % 64 / 4;
-  }
-
-  float* take(int64_t count) {
-    float* mine = next;
-    next += up(count, kWidth);
-    return mine;
-  }
-};
-
-std::vector<float>& kept() {
-  thread_local std::vector<float> mine;
-  return mine;
-}
 
 // c [kRows, 16 kVectors] += a b over `depth`; element (i, k) of a is a[i * row_step + k * step], b has rows of `b_stride`.
 template <int kRows, int kVectors>
@@ -168,9 +144,9 @@ template <int kRows, int kVectors, typename T>
 BIMOS_INLINE void forward_group(const Problem& problem, int64_t batch, int64_t group) {
   const int64_t tokens = problem.tokens, n = problem.n, width = up(n, kWidth), blocks = up(tokens, kBlock) / kBlock, shared = problem.heads / problem.key_heads;
   const int64_t block = kBlock * width;
-  Room room(kept(), 2 * blocks * block + 2 * block + kBlock * kBlock);
-  float *keys = room.take(blocks * block), *values = room.take(blocks * block), *query = room.take(block);
-  Sums result{room.take(block), room.take(kBlock * kBlock), {}, {}};
+  Room room(2 * blocks * block + 2 * block + kBlock * kBlock);
+  float *keys = room.floats(blocks * block), *values = room.floats(blocks * block), *query = room.floats(block);
+  Sums result{room.floats(block), room.floats(kBlock * kBlock), {}, {}};
   for (int64_t k = 0; k < blocks; ++k) {
     read<T>(problem.key, batch, group, k * kBlock, tokens, n, width, 1.0F, query);
     transpose(query, width, keys + k * block);
@@ -187,7 +163,6 @@ BIMOS_INLINE void forward_group(const Problem& problem, int64_t batch, int64_t g
       write(result.sums, rows, n, width, const_cast<T*>(row_of<T>(problem.out, batch, head, first)), problem.out.token);
     }
   }
-  kept() = std::move(room.buffer);
 }
 
 // Positions [first, first + kBlock) of a cached head as float32, rows of `width`.
@@ -210,9 +185,9 @@ BIMOS_INLINE void prompt_blocks(const Prompt& prompt, const int64_t* mine, int64
   const int64_t n = prompt.n, width = up(n, kWidth), block = kBlock * width, length = prompt.past + prompt.tokens;
   const int64_t from = std::max<int64_t>(0, prompt.past + mine[0] * kBlock - prompt.window + 1) / kBlock;  // what no query sees is not made
   const int64_t to = up(std::min(length, prompt.past + (mine[count - 1] + 1) * kBlock), kBlock) / kBlock;
-  Room room(kept(), 2 * (to - from) * block + 2 * block + kBlock * kBlock);
-  float *keys = room.take((to - from) * block), *values = room.take((to - from) * block), *query = room.take(block);
-  Sums result{room.take(block), room.take(kBlock * kBlock), {}, {}};
+  Room room(2 * (to - from) * block + 2 * block + kBlock * kBlock);
+  float *keys = room.floats((to - from) * block), *values = room.floats((to - from) * block), *query = room.floats(block);
+  Sums result{room.floats(block), room.floats(kBlock * kBlock), {}, {}};
   for (int64_t k = from; k < to; ++k) {
     recall(prompt.keys, k * kBlock, length, n, width, query);
     transpose(query, width, keys + (k - from) * block);
@@ -230,18 +205,17 @@ BIMOS_INLINE void prompt_blocks(const Prompt& prompt, const int64_t* mine, int64
       write(result.sums, rows, n, width, prompt.out + first * prompt.stride + head * n, prompt.stride);
     }
   }
-  kept() = std::move(room.buffer);
 }
 
 template <int kRows, int kVectors, typename T>
 BIMOS_INLINE void backward_group(const Problem& problem, int64_t batch, int64_t group) {
   const int64_t tokens = problem.tokens, n = problem.n, width = up(n, kWidth), blocks = up(tokens, kBlock) / kBlock, shared = problem.heads / problem.key_heads;
   const int64_t block = kBlock * width;
-  Room room(kept(), 5 * blocks * block + 3 * block + 2 * kBlock * kBlock);
-  float *keys = room.take(blocks * block), *keys_turned = room.take(blocks * block), *values_turned = room.take(blocks * block);
-  float *of_keys = room.take(blocks * block), *of_values = room.take(blocks * block);
-  float *query = room.take(block), *grad = room.take(block), *of_query = room.take(block);
-  float *shares = room.take(kBlock * kBlock), *slopes = room.take(kBlock * kBlock);
+  Room room(5 * blocks * block + 3 * block + 2 * kBlock * kBlock);
+  float *keys = room.floats(blocks * block), *keys_turned = room.floats(blocks * block), *values_turned = room.floats(blocks * block);
+  float *of_keys = room.floats(blocks * block), *of_values = room.floats(blocks * block);
+  float *query = room.floats(block), *grad = room.floats(block), *of_query = room.floats(block);
+  float *shares = room.floats(kBlock * kBlock), *slopes = room.floats(kBlock * kBlock);
   float lse[kBlock], delta[kBlock];
   for (int64_t k = 0; k < blocks; ++k) {
     read<T>(problem.value, batch, group, k * kBlock, tokens, n, width, 1.0F, query);
@@ -290,7 +264,6 @@ BIMOS_INLINE void backward_group(const Problem& problem, int64_t batch, int64_t 
   const int64_t place = (batch * problem.key_heads + group) * tokens * n;
   write(of_keys, tokens, n, width, static_cast<T*>(problem.of_key) + place, n);
   write(of_values, tokens, n, width, static_cast<T*>(problem.of_value) + place, n);
-  kept() = std::move(room.buffer);
 }
 
 // By tiles that the registers of a level hold.

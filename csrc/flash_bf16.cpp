@@ -9,8 +9,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <vector>
 
+#include "room.h"
 #include "vectors.h"
 
 #ifdef BIMOS_X86
@@ -28,33 +28,6 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kPairs = kBlock / 2;
 constexpr int64_t kRows = 4, kVectors = 4;  // of a tile of sums
-
-int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// Room for what a group of heads needs, in floats or words; kept from call to call by the thread.
-struct Room {
-  uint32_t* next;
-
-  explicit Room(int64_t count) {
-    thread_local std::vector<uint32_t> kept;
-    if (static_cast<int64_t>(kept.size()) < count + kWidth) kept.resize(static_cast<size_t>(count + kWidth));
-    next = kept.data() + (64 - reinterpret_cast<uintptr_t>(kept.data()) % 64) % 64 / 4;
-  }
-
-  uint32_t* words(int64_t count) {
-    uint32_t* mine = next;
-    next += up(count, kWidth);
-    return mine;
-  }
-
-  float* floats(int64_t count) { return reinterpret_cast<float*>(words(count)); }
-};
-
-BIMOS_INLINE Words load_words(const uint32_t* from) {
-  Words words;
-  std::memcpy(&words, from, sizeof words);
-  return words;
-}
 
 // c [kRows, 16 kCount] = (kAdd ? c : 0) + a b over `depth` words; word (i, p) of a is a[i * row_step + p * step].
 template <int kCount, bool kAdd>
