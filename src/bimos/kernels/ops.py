@@ -75,6 +75,26 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+# What a frozen teacher is multiplied by in training (csrc/group8.h): bfloat16 values rounded by groups of 64 inputs, weights of 8 bits.
+torch.library.define("bimos::group8_pack", "(Tensor weight) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.define(
+    "bimos::group8_linear", "(Tensor x, Tensor tiles, Tensor scale, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+
+
+@torch.library.register_fake("bimos::group8_pack")
+def _(weight: Tensor) -> tuple[Tensor, Tensor]:
+    out_features, in_features = weight.shape
+    tiles = weight.new_empty(-(-out_features // 64), -(-in_features // 64) * 4352, dtype=torch.uint8)
+    return tiles, weight.new_empty(out_features, dtype=torch.float32)
+
+
+@torch.library.register_fake("bimos::group8_linear")
+def _(x: Tensor, tiles: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    torch._check(x.dtype == torch.bfloat16, lambda: f"x must be bfloat16, got {x.dtype}")
+    return x.new_empty(*x.shape[:-1], scale.shape[0])
+
+
 torch.library.impl("bimos::packed_linear", "CompositeExplicitAutograd")(
     lambda x, weight, scale_in, scale_out, router, scale_group, bias, tiles=None, int8=False, group_size=0: reference.packed_linear(
         x, weight, scale_in, scale_out, router, scale_group, bias, group_size
