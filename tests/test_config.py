@@ -39,7 +39,7 @@ def test_paper_recipe_to_the_letter(name: str) -> None:
     assert (method.iterations, method.distinct_experts, method.latent_magnitude) == (0, False, None)
     assert not config.initialise.activation_aware and not config.blocks.enabled and config.skip == []
     distill = config.distill
-    assert distill.enabled and distill.train == "all" and not distill.train_norms
+    assert distill.enabled and distill.train == "all" and not distill.train_norms and not distill.int8_teacher
     assert (distill.lr_latent, distill.lr_scale, distill.lr_router) == (2e-5, 2e-5, 2e-5)
     assert (distill.beta1, distill.beta2, distill.weight_decay) == (0.9, 0.999, 0.0)
     assert (distill.schedule, distill.warmup, distill.clip) == ("cosine", 0.03, 1 / 2048)
@@ -56,6 +56,7 @@ def test_dbllm_paper_recipe() -> None:
     method: Any = method_config(config.method, config.options)
     assert config.method == "dbllm" and config.data == "self" and method.group_size == 64
     assert (method.iterations, method.compensation, method.relative_latents) == (0, 0, False)
+    assert not config.distill.int8_teacher and RunConfig().distill.int8_teacher
     assert (config.loss.dad, config.loss.dad_gamma, config.loss.dad_lambda) == (True, 0.1, 0.1)
     assert not RunConfig().loss.dad and RunConfig().loss.dad_gamma == RunConfig().loss.dad_lambda == 0.1
     assert config.initialise.activation_aware and not config.initialise.refit and not config.blocks.enabled

@@ -25,6 +25,7 @@ from bimos.lanes import Lanes
 from bimos.methods.ste import SharedSigns
 from bimos.training.budget import Budget, schedule
 from bimos.training.fused import fused
+from bimos.training.int8 import int8_products
 from bimos.training.losses import Deviation, hidden_state_loss, kl_from_hidden, kl_from_top_k, relative_error
 from bimos.training.optimizer import build_optimizer, signed_latents
 from bimos.training.progress import Progress
@@ -298,7 +299,8 @@ def distill(
     progress.begin("distillation", 1)
     if budget.progress() < 1:
         models = [model for model in (student, teacher) if model is not None]
-        with lanes, fused(*models):
+        in_int8 = int8_products(teacher) if teacher is not None and config.int8_teacher else nullcontext()
+        with lanes, fused(*models), in_int8:  # in this order: `fused` asks modules what they answer
             trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
     elif done:
         trainer._load_from_checkpoint(str(done[-1]))

@@ -1,0 +1,181 @@
+"""A teacher whose products are int8 for a while: what it says, and that it is the same model afterwards."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from bimos.config import DistillConfig
+from bimos.kernels import native
+from bimos.methods import method_config
+from bimos.models import convertible_linears
+from bimos.training import int8
+from bimos.training.budget import Budget
+from bimos.training.fused import fused
+from bimos.training.int8 import Int8Linear, int8_products
+from bimos.training.progress import Progress
+from bimos.training.student import binarize
+from bimos.training.teacher import TopKCache, hidden_states, logit_head
+from bimos.training.trainer import Distillation, NumberedWindows, distill
+
+pytestmark = pytest.mark.skipif(native.isa() is None, reason="the kernels are not built")
+
+METHOD = method_config("binarymos", {"num_experts": 2})
+LENGTH = 24
+
+
+@pytest.fixture
+def where_it_pays(level: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On every processor, at every level."""
+    monkeypatch.setattr(int8, "pays", lambda: True)
+    yield
+
+
+def linears(model: nn.Module, kind: type[nn.Module]) -> set[str]:
+    return {name for name, module in model.named_modules() if type(module) is kind}
+
+
+def teacher_of(dense: Callable[..., PreTrainedModel], kind: str = "llama") -> PreTrainedModel:
+    sharp = {"initializer_range": 0.2}  # what it says is far from even
+    return dense(kind, **sharp).to(torch.bfloat16).requires_grad_(False)
+
+
+def student_of(teacher: PreTrainedModel) -> PreTrainedModel:
+    student = copy.deepcopy(teacher)
+    binarize(student, list(convertible_linears(student)), METHOD, {}, torch.Generator().manual_seed(0))
+    return student
+
+
+def said(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return logit_head(model)(hidden_states(model, ids, False)[0]).float()
+
+
+@pytest.mark.usefixtures("where_it_pays")
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "opt", "gpt_neox", "phi"])
+def test_it_says_nearly_the_same(dense: Callable[..., PreTrainedModel], kind: str) -> None:
+    teacher, ids = teacher_of(dense, kind), torch.randint(3, 101, (2, 40), generator=torch.Generator().manual_seed(0))
+    before, expected = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}, said(teacher, ids)
+    plain = linears(teacher, nn.Linear)
+    with fused(teacher), int8_products(teacher):
+        assert linears(teacher, Int8Linear) == plain and teacher.get_output_embeddings() is not None
+        assert teacher.state_dict().keys() == before.keys()
+        actual = said(teacher, ids)
+        with int8_products(teacher):  # within itself
+            assert torch.equal(said(teacher, ids), actual)
+        assert linears(teacher, Int8Linear) == plain
+    assert 0 < (actual - expected).norm() < 4e-2 * expected.norm()
+    assert linears(teacher, nn.Linear) == plain and torch.equal(said(teacher, ids), expected)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert not any("tiles" in vars(module) for module in teacher.modules())
+
+
+@pytest.mark.usefixtures("where_it_pays")
+def test_all_is_put_back_after_an_error(dense: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = teacher_of(dense)
+    plain = linears(teacher, nn.Linear)
+    with pytest.raises(KeyboardInterrupt), int8_products(teacher):
+        raise KeyboardInterrupt
+    assert linears(teacher, nn.Linear) == plain
+    covered = int8._is_covered
+
+    def fails_at_the_head(module: nn.Linear) -> bool:
+        if module is teacher.lm_head:
+            raise MemoryError
+        return covered(module)
+
+    monkeypatch.setattr(int8, "_is_covered", fails_at_the_head)
+    with pytest.raises(MemoryError), int8_products(teacher):
+        raise AssertionError
+    assert linears(teacher, nn.Linear) == plain
+
+
+@pytest.mark.usefixtures("where_it_pays")
+def test_what_is_left_alone(dense: Callable[..., PreTrainedModel]) -> None:
+    wide = teacher_of(dense).float()
+    with int8_products(wide):
+        assert not linears(wide, Int8Linear)
+    teacher = teacher_of(dense)
+    teacher.lm_head.weight.requires_grad_()
+    count = len(convertible_linears(teacher))
+
+    class Other(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    teacher.model.layers[0].mlp.down_proj.__class__ = Other
+    with int8_products(teacher):
+        assert linears(teacher, nn.Linear) == {"lm_head"} and len(linears(teacher, Other)) == 1
+        assert len(linears(teacher, Int8Linear)) == count - 1
+
+
+@pytest.mark.usefixtures("where_it_pays")
+def test_gradients_and_other_dtypes_go_the_old_way(dense: Callable[..., PreTrainedModel]) -> None:
+    teacher = teacher_of(dense)
+    linear = teacher.model.layers[0].mlp.down_proj
+    x = torch.randn(3, linear.in_features).bfloat16().requires_grad_()
+    expected = linear(x)
+    with int8_products(teacher):
+        y = linear(x)
+        assert not torch.equal(linear(x.detach()), expected)
+        with pytest.raises(RuntimeError):
+            linear(x.detach().float())
+        with pytest.raises(RuntimeError):
+            linear(x.detach()[:, :-1])
+    assert torch.equal(y, expected) and y.requires_grad
+
+
+def test_only_where_it_pays(dense: Callable[..., PreTrainedModel], level: str) -> None:
+    teacher = teacher_of(dense)
+    with int8_products(teacher):
+        assert bool(linears(teacher, Int8Linear)) == (level == "avx512" and not torch.cpu._is_amx_tile_supported())
+
+
+@pytest.mark.usefixtures("where_it_pays")
+@pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
+def test_loss_and_gradients(dense: Callable[..., PreTrainedModel], tmp_path: Path, cached: bool) -> None:
+    teacher = teacher_of(dense)
+    ids, window = torch.randint(3, 101, (4, LENGTH), generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    losses, gradients = [], []
+    for in_int8 in (False, True):
+        student = student_of(teacher)
+        cache = TopKCache(tmp_path / str(in_int8), 4, LENGTH, 8, 101) if cached else None
+        with int8_products(teacher if in_int8 else nn.Identity()):
+            loss = Distillation(student, teacher, DistillConfig(), cache)(ids, window)["loss"]
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.float().flatten() for p in student.parameters() if p.grad is not None]))
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=2e-2)
+    assert torch.cosine_similarity(gradients[0], gradients[1], 0) > 0.99
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.randint(3, 101, (LENGTH,), generator=torch.Generator().manual_seed(index))}
+
+
+@pytest.mark.usefixtures("where_it_pays")
+def test_a_run(dense: Callable[..., PreTrainedModel], tmp_path: Path, threads: int) -> None:
+    teacher = teacher_of(dense)
+    plain = linears(teacher, nn.Linear)
+    inside: list[int] = []
+    handle = teacher.model.register_forward_hook(lambda *_: inside.append(len(linears(teacher, Int8Linear))))
+    last = []
+    for in_int8 in (False, True):
+        student = student_of(teacher)
+        config = DistillConfig(batch_size=4, lr_latent=5e-3, checkpoint_minutes=60.0, int8_teacher=in_int8)
+        data = NumberedWindows(Windows(), 40, None, seed=0)
+        report = distill(student, teacher, data, LENGTH, config, Budget(tokens=40 * LENGTH), tmp_path / str(in_int8), Progress(None))
+        assert set(inside) == {len(plain) if in_int8 else 0}
+        inside.clear()
+        assert type(student.get_output_embeddings()) is nn.Linear and linears(teacher, nn.Linear) == plain
+        last.append(report["loss_last"])
+    handle.remove()
+    assert last[0] != last[1] and last[1] == pytest.approx(last[0], rel=0.05)
