@@ -5,7 +5,7 @@
 // Groups g are 64 inputs. q and w are whole numbers from -127 to 127; step[t, g] = max |x[t, j in g]| / 127, scale[r] = max |row r| / 127.
 // Sums within a group are exact, those over groups float32. A group with a value that is not finite has a step of NaN.
 //
-// A tile is 64 rows: for every group 64 int32, -128 times the sum of each row's weights, then for every four inputs the rows' weights, four
+// A tile is 48 rows: for every group 48 int32, -128 times the sum of each row's weights, then for every four inputs the rows' weights, four
 // bytes a row. The sums take off what the values' bytes, q + 128, have too much. Rows and inputs that only fill up a tile are zeros.
 #pragma once
 
@@ -13,7 +13,7 @@
 
 namespace bimos::group8 {
 
-constexpr int64_t kGroup = 64, kRows = 64;
+constexpr int64_t kGroup = 64, kRows = 48;
 constexpr int64_t kGroupBytes = kRows * 4 + kRows * kGroup;  // of a tile
 
 inline int64_t groups_of(int64_t in) { return (in + kGroup - 1) / kGroup; }
@@ -44,7 +44,7 @@ struct Functions {
 // For a level of level.h by its name.
 Functions functions_for(const char* level);
 
-// One tile of count <= 64 rows of n values, and their scales.
+// One tile of count <= 48 rows of n values, and their scales.
 void pack(const float* rows, int64_t count, int64_t n, uint8_t* tile, float* scale);
 
 }  // namespace bimos::group8

@@ -85,7 +85,7 @@ torch.library.define(
 @torch.library.register_fake("bimos::group8_pack")
 def _(weight: Tensor) -> tuple[Tensor, Tensor]:
     out_features, in_features = weight.shape
-    tiles = weight.new_empty(-(-out_features // 64), -(-in_features // 64) * 4352, dtype=torch.uint8)
+    tiles = weight.new_empty(-(-out_features // 48), -(-in_features // 64) * 3264, dtype=torch.uint8)
     return tiles, weight.new_empty(out_features, dtype=torch.float32)
 
 
