@@ -64,6 +64,8 @@ def test_what_is_not_done_takes_nothing(small: PreTrainedModel) -> None:
     assert peak_memory(small, config(distill={"train": "scales"}))["distill"] < everything["distill"]
     assert peak_memory(small, config(distill={"hidden_weight": 10.0}))["distill"] > everything["distill"]
     assert peak_memory(small, config(distill={"batch_size": 8}))["distill"] > everything["distill"]
+    tiles = everything["distill"] - peak_memory(small, config(distill={"int8_teacher": False}))["distill"]
+    assert tiles == sum(p.numel() for p in small.parameters() if p.dim() == 2) * 17 // 16  # the embedding is the head
 
 
 def test_nothing_is_allocated(llama_7b: PreTrainedModel) -> None:

@@ -54,7 +54,9 @@ def peak_memory(model: nn.Module, config: RunConfig) -> dict[str, int]:
         step = config.distill.batch_size * config.sequence_length
         state = (LATENT if config.distill.train == "all" else 4) + SIGNS
         states = 2 * 2 * hidden * len(blocks) * step if config.distill.hidden_weight or config.distill.relative_weight else 0
-        stages["distill"] = RUNTIME + weights + state * latent + kept * step + states + 6 * LANES * CHUNK_BYTES
+        # A byte a weight, and a sixteenth for sums (csrc/group8.h), counted wherever it runs.
+        tiles = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)) * 17 // 16 if config.distill.int8_teacher else 0
+        stages["distill"] = RUNTIME + weights + tiles + state * latent + kept * step + states + 6 * LANES * CHUNK_BYTES
     return stages
 
 
