@@ -191,7 +191,9 @@ constexpr int64_t kValuesWorthAThread = 1 << 15;
 void check_gate(const Tensor& gate, const Tensor& other) {
   const std::optional<Dtype> dtype = dtype_of(gate);
   STD_TORCH_CHECK(dtype == Dtype::float32 || dtype == Dtype::bfloat16, "gated_silu takes float32 or bfloat16");
-  STD_TORCH_CHECK(other.scalar_type() == gate.scalar_type() && other.numel() == gate.numel(), "gated_silu: dtypes or shapes differ");
+  bool alike = other.scalar_type() == gate.scalar_type() && other.dim() == gate.dim();
+  for (int64_t i = 0; alike && i < gate.dim(); ++i) alike = other.size(i) == gate.size(i);
+  STD_TORCH_CHECK(alike, "gated_silu: dtypes or shapes differ");
 }
 
 Tensor gated_silu(const Tensor& gate, const Tensor& up) {

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bimos.methods import InputStatistics, method_config
 from bimos.methods.binarymos import BinaryMoSLinear
-from bimos.methods.compensation import compensated_fit
+from bimos.methods.compensation import Fit, compensated_fit
 from bimos.methods.coupled import _error, _refit, coupled_fit, matrix
 
 
@@ -47,6 +47,15 @@ def test_scales_are_refit_to_the_joint_error() -> None:
     after = _refit(weight, gram, pair)
     assert _error(weight, after, gram) < 0.9 * before
     assert all((fit.row >= 0).all() and (fit.column >= 0).all() for fit in after)
+
+
+def test_decisions_of_zero_turn_with_their_scale() -> None:
+    weight, gram = -torch.ones(8, 16), torch.eye(16)
+    small = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    pair = [Fit(torch.ones(8), torch.ones(16), torch.zeros(8, 16)), Fit(torch.full((8,), 0.1), torch.ones(16), small)]
+    after = _refit(weight, gram, pair)
+    assert (after[0].decision < 0).all()
+    assert _error(weight, after, gram) < 0.01 * _error(weight, pair, gram)
 
 
 @pytest.mark.parametrize("gram", [torch.zeros(16, 16), torch.eye(16), None])

@@ -79,6 +79,11 @@ def test_gates_and_gradients(level: str, shape: tuple[int, ...], dtype: torch.dt
         assert (actual.double() - wanted).norm() <= ERRORS[dtype] * wanted.norm() + 1e-30
 
 
+def test_gates_of_another_shape_are_refused(level: str) -> None:
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        gated_silu(torch.ones(2, 8), torch.ones(4, 4))
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma", "opt", "gpt_neox", "phi"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_models_answer_as_before(dense: Callable[..., PreTrainedModel], kind: str, dtype: torch.dtype) -> None:
