@@ -239,7 +239,7 @@ void product_of(const Plane& plane, int64_t first, int64_t last, const uint8_t* 
     case 1: return tiles<1, 4, kInt8>(plane, first, last, tables, scales, y, stride);
     case 2: return tiles<2, 4, kInt8>(plane, first, last, tables, scales, y, stride);
     case 3: return tiles<3, kInt8 ? 4 : 2, kInt8>(plane, first, last, tables, scales, y, stride);
-    default: return tiles<4, kInt8 ? 4 : 2, kInt8>(plane, first, last, tables, scales, y, stride);
+    default: return tiles<4, 2, kInt8>(plane, first, last, tables, scales, y, stride);
   }
 }
 

@@ -130,7 +130,10 @@ void rows_of_linear(const Level& level, const Linear& linear, const float* x, in
   const int64_t row = first * tile_rows, rows = std::min(linear.out, last * tile_rows) - row;
   const auto bytes = static_cast<int64_t>(level.table_bytes(in));
   float* scaled = at_least(mine.scaled, padded);
-  float* product = at_least(mine.product, kTokens * stride);
+  // One plane and nothing to add it to, in whole tiles: the product is made where the result is to be.
+  const bool is_alone = linear.planes == 1 && linear.bias == nullptr && linear.offset == nullptr && linear.out % tile_rows == 0;
+  float* product = is_alone ? y : at_least(mine.product, kTokens * stride);
+  const int64_t product_stride = is_alone ? y_stride : stride;
   float* gates = at_least(mine.gate, kTokens * experts);
   float* all_scales = at_least(mine.scales, kTokens * blocks);
   uint8_t* all_tables = at_least(mine.tables, kTokens * bytes + 64);
@@ -145,6 +148,7 @@ void rows_of_linear(const Level& level, const Linear& linear, const float* x, in
       level.dots(x + t * x_stride, linear.router, experts, in, gate);
       softmax(gate, experts);
     }
+    if (is_alone) continue;
     if (linear.bias == nullptr) {
       std::fill_n(y + t * y_stride + row, rows, 0.0F);
     } else {
@@ -168,14 +172,14 @@ void rows_of_linear(const Level& level, const Linear& linear, const float* x, in
       scales[t] = all_scales + t * blocks;
       mark(Part::tables);
     }
-    level.product(plane, first, last, tables, scales, count, product, stride);
+    level.product(plane, first, last, tables, scales, count, product, product_stride);
     mark(Part::products);
     for (int t = 0; t < count; ++t) {
-      float* part = product + t * stride + row;
+      float* part = product + t * product_stride + row;
       if (linear.scale_out != nullptr) {
         level.mix(part, gates + t * experts, linear.scale_out + p * experts * linear.out + row, experts, linear.out, rows, part);
       }
-      for (int64_t r = 0; r < rows; ++r) y[t * y_stride + row + r] += part[r];
+      for (int64_t r = 0; r < rows && !is_alone; ++r) y[t * y_stride + row + r] += part[r];
     }
     mark(Part::scales);
   }

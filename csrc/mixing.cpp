@@ -1,33 +1,43 @@
 #include "mixing.h"
 
-#include <cmath>
+#include <algorithm>
+#include <cstring>
 
 #include "vectors.h"
 
 namespace bimos::mixing {
 namespace {
 
-BIMOS_INLINE void softmax(float* logits, int count) {
-  float most = logits[0], sum = 0;
-  for (int e = 1; e < count; ++e) most = logits[e] > most ? logits[e] : most;
-  for (int e = 0; e < count; ++e) sum += logits[e] = std::exp(logits[e] - most);
-  for (int e = 0; e < count; ++e) logits[e] /= sum;
+// Of every token's logits, in place.
+template <int kExperts, int kTokens>
+BIMOS_INLINE void softmax(float (*logits)[kExperts]) {
+  for (int t = 0; t < kTokens; ++t) {
+    float most = logits[t][0];
+    for (int e = 1; e < kExperts; ++e) most = logits[t][e] > most ? logits[t][e] : most;
+    for (int e = 0; e < kExperts; ++e) logits[t][e] -= most;
+  }
+  vectors(kTokens * kExperts, [&](int64_t i, int64_t count) BIMOS_ALWAYS { store(exponential(load(logits[0] + i, count)), logits[0] + i, count); });
+  for (int t = 0; t < kTokens; ++t) {
+    float sum = 0;
+    for (int e = 0; e < kExperts; ++e) sum += logits[t][e];
+    for (int e = 0; e < kExperts; ++e) logits[t][e] /= sum;
+  }
 }
 
 // sum over j of values[t][j] rows[e][j], for several tokens; `values(t, j, count)` gives a token's vector.
 template <int kExperts, int kTokens, typename Values>
 BIMOS_INLINE void dots(int64_t n, const float* rows, float (*out)[kExperts], Values values) {
-  Floats sums[kTokens][kExperts] = {};
+  constexpr int kSums = kTokens * kExperts, kPadded = (kSums + kWidth - 1) / kWidth * kWidth;
+  Floats sums[kPadded] = {};
   vectors(n, [&](int64_t j, int64_t count) BIMOS_ALWAYS {
     Floats row[kExperts];
     for (int e = 0; e < kExperts; ++e) row[e] = load(rows + e * n + j, count);
     for (int t = 0; t < kTokens; ++t) {
       const Floats value = values(t, j, count);
-      for (int e = 0; e < kExperts; ++e) sums[t][e] += value * row[e];
+      for (int e = 0; e < kExperts; ++e) sums[t * kExperts + e] += value * row[e];
     }
   });
-  for (int t = 0; t < kTokens; ++t)
-    for (int e = 0; e < kExperts; ++e) out[t][e] = sum_of(sums[t][e]);
+  for (int i = 0; i < kSums; i += kWidth) store(sums_of(sums + i), out[0] + i, std::min(kWidth, kSums - i));
 }
 
 template <int kExperts, int kTokens, typename T>
@@ -40,10 +50,8 @@ BIMOS_INLINE void forward_of(const Batch& batch, int64_t token) {
     for (int e = 0; e < kExperts; ++e) gates[t][e] = batch.gate == nullptr ? 1.0F : batch.gate[(token + t) * kExperts + e];
   if (batch.router != nullptr) {
     dots<kExperts, kTokens>(n, batch.router, gates, [&](int t, int64_t j, int64_t count) BIMOS_ALWAYS { return load(x + t * n + j, count); });
-    for (int t = 0; t < kTokens; ++t) {
-      softmax(gates[t], kExperts);
-      for (int e = 0; e < kExperts; ++e) batch.gate[(token + t) * kExperts + e] = gates[t][e];
-    }
+    softmax<kExperts, kTokens>(gates);
+    std::memcpy(batch.gate + token * kExperts, gates, sizeof gates);
   }
   vectors(n, [&](int64_t j, int64_t count) BIMOS_ALWAYS {
     Floats scale[kExperts];

@@ -105,6 +105,20 @@ shapes = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("n_in", [72, 576])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("scales", [False, True])
+def test_product_made_in_place(name: str, n_in: int, int8: bool, scales: bool) -> None:
+    """One plane of whole tiles needs no sums beside the result: the same to the bit as with a bias of zeros, which does."""
+    native.use_isa(name)
+    tensors = make(1, 4 if scales else 1, n_in, 128, None, scales, False)
+    zeros = {**tensors, "bias": torch.zeros(128).half()}
+    for tokens in (1, 7, 11):
+        x = torch.randn(tokens, n_in)
+        assert torch.equal(packed_linear(x, **tensors, int8=int8), packed_linear(x, **zeros, int8=int8))
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @settings(max_examples=60, deadline=None)
 @given(shape=shapes, tokens=st.integers(1, 20), dtype=st.sampled_from(list(ERRORS)), threads=st.integers(1, 3), tiled=st.booleans())
