@@ -40,6 +40,7 @@ def test_paper_recipe_to_the_letter(name: str) -> None:
     assert not config.initialise.activation_aware and not config.blocks.enabled and config.skip == []
     distill = config.distill
     assert distill.enabled and distill.train == "all" and not distill.train_norms and not distill.int8_teacher
+    assert distill.expert_share == 1
     assert (distill.lr_latent, distill.lr_scale, distill.lr_router) == (2e-5, 2e-5, 2e-5)
     assert (distill.beta1, distill.beta2, distill.weight_decay) == (0.9, 0.999, 0.0)
     assert (distill.schedule, distill.warmup, distill.clip) == ("cosine", 0.03, 1 / 2048)

@@ -46,7 +46,8 @@ class DistillConfig:
     accumulate: int = 1  # steps whose gradients are added up
     lr_latent: float = 7.0e-4
     lr_scale: float = 8.0e-4
-    lr_router: float = 1.4e-4
+    lr_router: float = 3.0e-5
+    expert_share: float = 0.1  # of what the gradients of a layer's scaling experts differ by; 1: as they are
     train: Literal["all", "scales"] = "all"  # `scales`: latents stay as they are
     train_norms: bool = True
     beta1: float = 0.9
@@ -164,7 +165,7 @@ _NOT_NEGATIVE = """blocks.lr_latent blocks.lr_scale blocks.lr_router distill.lr_
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     _POSITIVE: ("positive", lambda value: value > 0),
     _NOT_NEGATIVE: ("0 or more", lambda value: value >= 0),
-    "loss.dad_gamma": ("from 0 to 1", lambda value: 0 <= value <= 1),
+    "loss.dad_gamma distill.expert_share": ("from 0 to 1", lambda value: 0 <= value <= 1),
     "blocks.share distill.warmup distill.beta1 distill.beta2": ("from 0 to below 1", lambda value: 0 <= value < 1),
 }
 

@@ -133,6 +133,10 @@ class TrainableLinear(nn.Module):
         """Every parameter, once, by its role: `latent`, `scale`, `router` or `bias`. Roles get learning rates."""
         raise NotImplementedError
 
+    def experts(self) -> list[nn.Parameter]:
+        """Scales `[e, n]` of which a router mixes the rows, if there are any."""
+        return []
+
     def plus_bias(self, y: Tensor) -> Tensor:
         """`y [..., out]` and the bias, if there is one, in the dtype of `y`."""
         return y if self.bias is None else y + self.bias.to(y.dtype)

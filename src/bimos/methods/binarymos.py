@@ -131,6 +131,9 @@ class BinaryMoSLinear(TrainableLinear):
             router=[] if self.router is None else [self.router],
         )
 
+    def experts(self) -> list[nn.Parameter]:
+        return [] if self.router is None else self.roles()["scale"]
+
 
 @register
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bimos.methods.base import TrainableLinear
 
@@ -24,6 +27,25 @@ def signed_latents(model: nn.Module) -> list[nn.Parameter]:
     """Latents of the layers that take their signs from `sign_ste`."""
     layers = [module for module in model.modules() if isinstance(module, TrainableLinear) and module.uses_signs]
     return [latent for layer in layers for latent in layer.roles()["latent"]]
+
+
+@contextmanager
+def experts_together(model: nn.Module, share: float) -> Iterator[None]:
+    """Within it, gradients of scaling experts `[e, n]` are `mean + share (gradient - mean)`, the mean that of the layer's experts.
+
+    AdamW divides by the size of what comes: each expert by itself, experts would move apart by noise as fast as they move together.
+    """
+
+    def hold(gradient: Tensor) -> Tensor:
+        return torch.lerp(gradient.mean(0, keepdim=True), gradient, share)
+
+    layers = [module for module in model.modules() if isinstance(module, TrainableLinear)]
+    hooks = [scale.register_hook(hold) for layer in layers for scale in layer.experts() if scale.requires_grad and share < 1]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def build_optimizer(model: nn.Module, rates: dict[str, float], betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:

@@ -27,7 +27,7 @@ from bimos.training.budget import Budget, schedule
 from bimos.training.fused import fused
 from bimos.training.int8 import int8_products
 from bimos.training.losses import Deviation, hidden_state_loss, kl_from_hidden, kl_from_top_k, relative_error
-from bimos.training.optimizer import build_optimizer, signed_latents
+from bimos.training.optimizer import build_optimizer, experts_together, signed_latents
 from bimos.training.progress import Progress
 from bimos.training.student import load_tensors, load_trained, save_tensors
 from bimos.training.teacher import TopKCache, hidden_states, logit_head
@@ -300,7 +300,8 @@ def distill(
     if budget.progress() < 1:
         models = [model for model in (student, teacher) if model is not None]
         in_int8 = int8_products(teacher) if teacher is not None and config.int8_teacher else nullcontext()
-        with lanes, fused(*models), in_int8:  # in this order: `fused` asks modules what they answer
+        together = experts_together(student, config.expert_share)
+        with lanes, together, fused(*models), in_int8:  # in this order: `fused` asks modules what they answer
             trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
     elif done:
         trainer._load_from_checkpoint(str(done[-1]))
