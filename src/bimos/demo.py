@@ -127,7 +127,7 @@ def settings(train: str, minutes: float) -> dict[str, Any]:
         "minutes": minutes,
         "sequence_length": 256,
         "blocks": {"tokens": 16_384, "batch_size": 4},
-        "distill": {"lr_latent": 5e-4, "lr_scale": 6e-4, "lr_router": 1e-4},
+        "distill": {"lr_latent": 5e-4, "lr_scale": 6e-4, "lr_router": 3e-5},
     }
 
 
