@@ -7,6 +7,7 @@ BIMOS_NATIVE names another build of the library (`make sanitize`).
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -38,6 +39,16 @@ def _load() -> tuple[str | None, str]:
 
 
 _level, problem = _load()
+
+
+def pays() -> bool:
+    """Whether what training has in C++ beside torch's products and attention is faster than those: AVX-512 without a matrix unit."""
+    return isa() == "avx512" and not _has_matrix_unit()
+
+
+@functools.cache
+def _has_matrix_unit() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def isa() -> str | None:

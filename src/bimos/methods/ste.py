@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -129,12 +128,7 @@ def tables_pay(latent: Tensor) -> bool:
     is_covered = (
         latent.device.type == "cpu" and latent.dtype == torch.float32 and latent.dim() == 2 and all(n % 8 == 0 for n in latent.shape)
     )
-    return is_covered and native.isa() == "avx512" and not _has_matrix_unit()
-
-
-@functools.cache
-def _has_matrix_unit() -> bool:
-    return bool(torch.cpu._is_amx_tile_supported())
+    return is_covered and native.pays()
 
 
 def _tiled(latent: Tensor, transposed: bool) -> tuple[Tensor, Tensor | None]:

@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from bimos.kernels import native
+from bimos.kernels.native import pays
 
 NAME = "bimos_sdpa"
 PLAIN = {"sliding_window", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
@@ -40,11 +41,6 @@ def fast_attention(*models: nn.Module) -> Iterator[None]:
     finally:
         for config in changed:
             config._attn_implementation_internal = "sdpa"
-
-
-def pays() -> bool:
-    """Whether `attend` is faster than torch: AVX-512, measured without a matrix unit."""
-    return native.isa() == "avx512" and not torch.cpu._is_amx_tile_supported()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

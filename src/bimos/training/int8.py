@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from bimos.kernels import native
+from bimos.kernels.native import pays
 
 
 @contextmanager
@@ -36,11 +36,6 @@ def int8_products(teacher: nn.Module) -> Iterator[None]:
         for linear in changed:
             linear.__class__ = nn.Linear  # type: ignore[assignment]
             del linear.__dict__["tiles"]
-
-
-def pays() -> bool:
-    """Whether these products are faster than torch's: AVX-512 without a matrix unit."""
-    return native.isa() == "avx512" and not torch.cpu._is_amx_tile_supported()
 
 
 def _is_covered(module: nn.Linear) -> bool:
