@@ -84,6 +84,16 @@ def test_leading_dimensions_strides_and_no_tokens(level: str) -> None:
     assert mixing.route_and_mix(x[:0], router, scales)[0].shape == (0, 40)
 
 
+def test_a_router_of_another_dtype_than_the_scales(level: str) -> None:
+    x, _, router, scales, _ = leaves(6, 40, 8, 4, torch.bfloat16)
+    narrow = router.detach().bfloat16().requires_grad_()
+    scaled, gate = mixing.route_and_mix(x, narrow, scales)
+    (scaled.float().sum() + gate.square().sum()).backward()
+    exact_gate = torch.softmax(x.detach().double() @ narrow.detach().double().T, -1)
+    torch.testing.assert_close(gate.double(), exact_gate, rtol=1e-4, atol=1e-5)
+    assert narrow.grad is not None and narrow.grad.dtype == torch.bfloat16 and narrow.grad.abs().sum() > 0
+
+
 def test_not_a_number_spreads_over_its_token_only(level: str) -> None:
     x, _, router, scales, _ = leaves(6, 40, 8, 4, torch.bfloat16)
     with torch.no_grad():

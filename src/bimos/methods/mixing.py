@@ -23,7 +23,7 @@ EXPERTS = (1, 2, 4, 8)  # that the C++ has
 
 def route_and_mix(x: Tensor, router: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """The gates `[..., e]`, float32, of a router `[e, in]`, and `x [..., in]` scaled by their mix of `scales [e, in]`."""
-    if _is_covered(x, scales):
+    if _is_covered(x, scales) and router.dtype == torch.float32:
         scaled, gate = _RouteAndMix.apply(x, router, scales)
         return scaled, gate.view(*x.shape[:-1], len(router))
     wide = torch.promote_types(x.dtype, torch.float32)
