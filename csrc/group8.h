@@ -14,6 +14,8 @@
 namespace bimos::group8 {
 
 constexpr int64_t kGroup = 64, kRows = 48;
+constexpr float kMost = 127;      // of the whole numbers
+constexpr float kLeast = 1e-30F;  // below, all is next to nothing, and its inverse might not be finite
 constexpr int64_t kGroupBytes = kRows * 4 + kRows * kGroup;  // of a tile
 
 inline int64_t groups_of(int64_t in) { return (in + kGroup - 1) / kGroup; }

@@ -43,7 +43,7 @@ struct Level {
   void (*build)(const float* x, const Plane& plane, uint8_t* tables, float* scales);
 
   // y[t, r] = sum_j sign[r, j] x[t, j] for t < tokens <= kTokens and the rows of row tiles [first, last).
-  // `y` has `stride` floats a token, a multiple of the tile's rows.
+  // `y` has `stride` floats a token, no fewer than there are rows; nothing is known of its alignment.
   void (*product)(const Plane& plane, int64_t first, int64_t last, const uint8_t* const* tables, const float* const* scales, int tokens,
                   float* y, int64_t stride);
 

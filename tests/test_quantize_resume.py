@@ -94,6 +94,16 @@ def test_a_resumed_run_remembers_its_options(stopped: Path, teacher_directory: P
     assert not (stopped / WORK).exists()
 
 
+def test_a_run_that_was_begun_before_there_was_a_key(stopped: Path, teacher_directory: Path) -> None:
+    """It goes on as it began, and says so."""
+    known = json.loads((stopped / WORK / "run.json").read_text())
+    for key in ("int8_teacher", "expert_share"):
+        del known["config"]["distill"][key]
+    (stopped / WORK / "run.json").write_text(json.dumps(known))
+    distill = run(teacher_directory, stopped, None, resume=True)["config"]["distill"]
+    assert distill["int8_teacher"] is False and distill["expert_share"] == 1
+
+
 @pytest.mark.parametrize(
     "error",
     [OSError(errno.ENOSPC, "No space left on device"), safetensors.SafetensorError("I/O error: No space left on device (os error 28)")],

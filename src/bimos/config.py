@@ -60,7 +60,7 @@ class DistillConfig:
     hidden_weight: float = 0.0  # of the sum over layers of the MSE of hidden states, per sequence as in the paper: 10
     relative_weight: float = 0.0  # of the mean over layers of the error of hidden states relative to their norm
     teacher: Literal["live", "cached"] = "live"
-    int8_teacher: bool = True  # the teacher's products in int8 where that is faster: a bfloat16 teacher on a CPU with AVX-512 VNNI
+    int8_teacher: bool = True  # the teacher's products in int8 if faster: a bfloat16 teacher, a CPU with AVX-512 and no AMX
     top_k: int = 64  # logits a token in the cache
     distinct_tokens: int | None = None  # then the same text again; None: ever new text
     checkpoint_minutes: float = 5.0

@@ -21,6 +21,8 @@ from bimos.evaluation.versions import write_json
 from bimos.training.data import TokenStream
 
 WORK = "work"
+# What a run was that does not say so, being begun before there was the key.
+UNSAID = {"distill": {"int8_teacher": False, "expert_share": 1.0}}
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -56,6 +58,8 @@ def read_run(output: Path) -> dict[str, Any]:
     with contextlib.suppress(ValueError):
         known = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(known, dict) and {"model", "weights", "config", "evaluate"} <= known.keys():
+            for stage, values in UNSAID.items():
+                known["config"][stage] = values | known["config"].get(stage, {})
             return known
     raise BimosError(f"'{path}' is damaged; start anew with --overwrite")
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bimos.methods import InputStatistics, method_config
 from bimos.methods.binarymos import BinaryMoSLinear
-from bimos.methods.compensation import Fit, compensated_fit
+from bimos.methods.compensation import Fit, compensated_fit, turned
 from bimos.methods.coupled import _error, _refit, coupled_fit, matrix
 
 
@@ -47,6 +47,13 @@ def test_scales_are_refit_to_the_joint_error() -> None:
     after = _refit(weight, gram, pair)
     assert _error(weight, after, gram) < 0.9 * before
     assert all((fit.row >= 0).all() and (fit.column >= 0).all() for fit in after)
+
+
+def test_signs_turn_where_one_scale_is_negative() -> None:
+    decision = torch.tensor([[2.0, -3.0, 0.0], [0.0, -0.5, 4.0]])
+    after = turned(decision, torch.tensor([1.0, -1.0]), torch.tensor([-2.0, 2.0, -0.0]))
+    assert torch.equal(after >= 0, torch.tensor([[False, False, True], [True, True, False]]))
+    assert torch.allclose(after.abs(), decision.abs())
 
 
 def test_decisions_of_zero_turn_with_their_scale() -> None:

@@ -103,7 +103,6 @@ def test_what_is_left_alone(dense: Callable[..., PreTrainedModel]) -> None:
     with int8_products(wide):
         assert not linears(wide, Int8Linear)
     teacher = teacher_of(dense)
-    teacher.lm_head.weight.requires_grad_()
     count = len(convertible_linears(teacher))
 
     class Other(nn.Linear):
@@ -112,8 +111,8 @@ def test_what_is_left_alone(dense: Callable[..., PreTrainedModel]) -> None:
 
     teacher.model.layers[0].mlp.down_proj.__class__ = Other
     with int8_products(teacher):
-        assert linears(teacher, nn.Linear) == {"lm_head"} and len(linears(teacher, Other)) == 1
-        assert len(linears(teacher, Int8Linear)) == count - 1
+        assert not linears(teacher, nn.Linear) and len(linears(teacher, Other)) == 1
+        assert len(linears(teacher, Int8Linear)) == count  # all but one, and the head
 
 
 @pytest.mark.usefixtures("where_it_pays")
@@ -130,6 +129,20 @@ def test_gradients_and_other_dtypes_go_the_old_way(dense: Callable[..., PreTrain
         with pytest.raises(RuntimeError):
             linear(x.detach()[:, :-1])
     assert torch.equal(y, expected) and y.requires_grad
+
+
+@pytest.mark.usefixtures("where_it_pays")
+def test_weights_that_could_be_trained(dense: Callable[..., PreTrainedModel]) -> None:
+    """As `from_pretrained` gives them, whom nobody has frozen."""
+    teacher = teacher_of(dense).requires_grad_()
+    linear = teacher.model.layers[0].mlp.down_proj
+    x = torch.randn(3, linear.in_features).bfloat16()
+    expected = linear(x)
+    with int8_products(teacher):
+        assert linears(teacher, Int8Linear) and not linears(teacher, nn.Linear)
+        assert torch.equal(linear(x), expected) and linear(x).requires_grad
+        with torch.no_grad():
+            assert not torch.equal(linear(x), expected)
 
 
 def test_only_where_it_pays(dense: Callable[..., PreTrainedModel], level: str) -> None:

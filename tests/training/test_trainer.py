@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from bimos import BimosError
 from bimos.config import DistillConfig
 from bimos.methods import method_config
+from bimos.methods.base import TrainableLinear
 from bimos.models import convertible_linears
 from bimos.training import trainer as module
 from bimos.training.blockwise import load_blocks
@@ -128,6 +129,20 @@ def test_what_is_trained(tmp_path: Path) -> None:
         assert not any("embed" in name or "lm_head" in name for name in moved)
         layers = 2 * 7 * len(expected - {"norm"}) + (5 if "norm" in expected else 0)
         assert len(moved) == layers  # all of them
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_experts_alike_stay_alike_where_they_share_all(tmp_path: Path, threads: int, accumulate: int) -> None:
+    teacher = llama()
+    for share in (0.0, 1.0):
+        student = student_of(teacher)
+        experts = [scale for layer in student.modules() if isinstance(layer, TrainableLinear) for scale in layer.experts()]
+        with torch.no_grad():
+            for scale in experts:
+                scale.copy_(scale.mean(0, keepdim=True).expand_as(scale))
+        run(tmp_path / str(share), student, teacher, steps=3, accumulate=accumulate, expert_share=share)
+        apart = [(scale - scale.mean(0)).norm() / scale.norm() for scale in experts]
+        assert len(apart) == 2 * 14 and (max(apart) < 1e-6 if share == 0 else min(apart) > 1e-4)
 
 
 def test_scales_alone_keep_every_sign(tmp_path: Path) -> None:

@@ -177,5 +177,10 @@ def _refit(weight: Tensor, gram: Tensor, decision: Tensor, row: Tensor, column: 
         # Held a little to the scales before: a column that no input excites would otherwise be arbitrary.
         ridge = 0.01 * (normal.diagonal() + normal.diagonal().mean()).clamp_min(1e-30)
         column = torch.linalg.solve(normal + ridge.diag(), (scaled * product).sum(0) + ridge * column)
-    turned = torch.where(column < 0, -1.0, 1.0) * torch.where(row < 0, -1.0, 1.0)[:, None]
-    return row.abs(), column.abs(), decision * turned
+    return row.abs(), column.abs(), turned(decision, row, column)
+
+
+def turned(decision: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """`decision [out, in]` with its sign turned round wherever one of `row [out]` and `column [in]` is negative; 0 counts as positive."""
+    negative = (row < 0)[:, None] != (column < 0)
+    return torch.where(negative, -decision.masked_fill(decision == 0, 1e-20), decision)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bimos.methods.compensation import Fit, compensated_fit, prepared, signs_of, sweep
+from bimos.methods.compensation import Fit, compensated_fit, prepared, signs_of, sweep, turned
 from bimos.methods.ste import weighted_rank_one
 
 
@@ -95,6 +95,4 @@ def _refit(weight: Tensor, gram: Tensor, fits: Sequence[Fit]) -> list[Fit]:
         ridge = 0.01 * (normal.diagonal() + normal.diagonal().mean()).clamp_min(1e-30)
         right = (both * product.repeat(1, 2)).sum(0) + ridge * column.flatten()
         column = torch.linalg.solve(normal + ridge.diag(), right).view(2, width)
-    decided = [fit.decision.masked_fill(fit.decision == 0, 1e-20) for fit in fits]  # zeros count as positive, and have no sign to turn
-    turned = torch.where(column < 0, -1.0, 1.0)[:, None] * torch.where(row < 0, -1.0, 1.0)[..., None]
-    return [Fit(row[p].abs(), column[p].abs(), decided[p] * turned[p]) for p in range(2)]
+    return [Fit(row[p].abs(), column[p].abs(), turned(fits[p].decision, row[p], column[p])) for p in range(2)]

@@ -2,7 +2,7 @@
 
     y = scale_row * sum_g step_g * (q_g . w_g) + bias,   q_g = round(x_g / step_g),   step_g = max |x_g| / 127
 
-A frozen teacher in bfloat16 is read, never trained: a product of bytes (`csrc/group8.h`) takes 0.6 of the time of one of bfloat16 pairs,
+A teacher in bfloat16 is read, never trained: a product of bytes (`csrc/group8.h`) takes 0.6 of the time of one of bfloat16 pairs,
 for a KL divergence of 0.01 from what the teacher would have said (docs/experiments.md). Whatever wants gradients goes the old way.
 """
 
@@ -19,7 +19,7 @@ from bimos.kernels.native import pays
 
 @contextmanager
 def int8_products(teacher: nn.Module) -> Iterator[None]:
-    """Within it, the frozen bfloat16 linears of `teacher`, its head among them, multiply in int8 where that pays.
+    """Within it, the bfloat16 linears of `teacher`, its head among them, multiply in int8 where that pays.
 
     They keep their weights, which others may share; the tiles beside them take half as many bytes again.
     """
@@ -40,8 +40,7 @@ def int8_products(teacher: nn.Module) -> Iterator[None]:
 
 def _is_covered(module: nn.Linear) -> bool:
     weight = module.weight
-    is_frozen = not any(parameter.requires_grad for parameter in module.parameters())
-    return is_frozen and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.numel() > 0
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.numel() > 0
 
 
 class Int8Linear(nn.Linear):
@@ -51,8 +50,11 @@ class Int8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., out]` of `x [..., in]`, in bfloat16."""
-        if x.dtype != torch.bfloat16 or x.shape[-1] != self.in_features or (torch.is_grad_enabled() and x.requires_grad):
+        if x.dtype != torch.bfloat16 or x.shape[-1] != self.in_features or self._wants_gradients(x):
             return super().forward(x)
         (tiles, scale), bias = self.tiles
         y: Tensor = torch.ops.bimos.group8_linear(x, tiles, scale, bias)
         return y
+
+    def _wants_gradients(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.parameters()))
