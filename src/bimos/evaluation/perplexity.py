@@ -45,6 +45,8 @@ class Perplexity:
         context: tokens a window.
         text: label of the text.
         note: what differs from the usual protocol, empty if nothing does.
+        losses: of every window, mean cross-entropy in nats: two models are compared by what these differ by, which varies
+            less than they do.
     """
 
     value: float
@@ -53,10 +55,11 @@ class Perplexity:
     context: int
     text: str
     note: str = ""
+    losses: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form: `{value, stderr, windows, context, text}`, and `note` if there is one."""
-        values = dataclasses.asdict(self)
+        """JSON form: `{value, stderr, windows, context, text, losses}`, and `note` if there is one; losses to six digits."""
+        values = dataclasses.asdict(self) | {"losses": [float(f"{loss:.6g}") for loss in self.losses]}
         return values if self.note else {key: value for key, value in values.items() if key != "note"}
 
 
@@ -101,7 +104,7 @@ def perplexity(
     stderr = None
     if len(losses) > 1:
         stderr = _exp(mean) * losses.std(unbiased=True).item() / math.sqrt(len(losses))
-    return Perplexity(_exp(mean), stderr, len(losses), context, text.label, "; ".join(notes))
+    return Perplexity(_exp(mean), stderr, len(losses), context, text.label, "; ".join(notes), tuple(losses.tolist()))
 
 
 def cut_windows(tokenizer: Any, text: EvaluationText, context: int) -> Tensor:
