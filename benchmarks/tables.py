@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bimos.comparison import table
+from bimos.comparison import paired, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -150,6 +150,7 @@ def comparison(folder: Path, compared: dict[str, Any], picture_from: Path) -> st
     """What all rows share, the table, and the plot if there is one."""
     name = Path(compared["setting"]["model"]).name
     parts = [f"{name}, `bimos compare`. {table.conditions(compared)}", table.markdown(table.main_table(compared))]
+    parts += paired.sentences(compared)
     plot = folder / "pareto.svg"
     if plot.exists():
         parts.append(f"![bits against perplexity]({os.path.relpath(plot, picture_from).replace(os.sep, '/')})")

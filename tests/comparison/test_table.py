@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bimos.comparison import table
+from bimos.comparison import paired, table
 from bimos.comparison.page import write_pages
 from bimos.comparison.pareto import frontier, points
 
@@ -84,6 +85,32 @@ def test_what_rows_share_is_said(comparison: dict[str, Any]) -> None:
         "2 cores of a|b",
     ):
         assert fragment in said
+
+
+def test_rows_against_each_other_window_by_window() -> None:
+    """Two rows that differ by 2 % on every window, in a text whose windows differ by far more."""
+    good = [2.0, 3.0, 4.0, 5.0]
+    ratio, error = paired.paired([loss + 0.02 for loss in good], good) or (0.0, 0.0)
+    assert ratio == pytest.approx(math.exp(0.02)) and error < 1e-9
+    apart = [0.01, 0.03, 0.02, 0.04]
+    ratio, error = paired.paired([loss + d for loss, d in zip(good, apart, strict=True)], good) or (0.0, 0.0)
+    assert ratio == pytest.approx(math.exp(0.025)) and error == pytest.approx(ratio * 0.0129099 / 2, rel=1e-4)
+    assert paired.paired([1.0], [2.0]) is None and paired.paired([1.0, math.nan], good[:2]) is None
+    assert paired.paired([900.0] * 4, good) is None
+
+
+def test_rows_are_multiples_of_the_best(comparison: dict[str, Any]) -> None:
+    assert paired.sentences(comparison) == []  # rows of earlier versions hold no losses
+    losses = {"good": [1.0, 2.0, 3.0], "bad": [1.01, 2.02, 3.03], "broken": [9.0, 9.0, 9.0], "fp16": [0.5, 0.5, 0.5]}
+    for entry in comparison["rows"]:
+        entry["perplexity"]["wikitext2"]["losses"] = losses[entry["row"]]
+    far = row("far", 1.0, 1e6)
+    far["perplexity"]["wikitext2"]["losses"] = [9.0, 9.0, 9.0]
+    fewer = row("fewer", 1.0, 400.0)
+    fewer["perplexity"]["wikitext2"]["losses"] = [9.0, 9.0]
+    comparison["rows"] += [far, fewer]
+    said = "WikiText-2, window by window, times the perplexity of good: bad 1.020 ± 0.006, far 1,100."
+    assert paired.sentences(comparison) == [said]
 
 
 def test_markdown_escapes_and_aligns() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bimos.comparison import TEACHER, table
+from bimos.comparison import TEACHER, paired, table
 from bimos.comparison.pareto import draw, frontier, points
 from bimos.evaluation.formatting import factor, ratio
 from bimos.evaluation.pages import origin, picture, render
@@ -18,7 +18,7 @@ def write_pages(output: Path, comparison: dict[str, Any]) -> None:
     write_json(output / "comparison.json", {"setting": comparison["setting"], "rows": [_brief(row) for row in comparison["rows"]]})
     if not comparison["rows"]:
         return
-    parts = [table.markdown(table.main_table(comparison))]
+    parts = [table.markdown(table.main_table(comparison)), *paired.sentences(comparison)]
     for title, lines in _task_tables(comparison):
         parts += [f"{title}:", table.markdown(lines)]
     write_text(output / "table.md", "\n\n".join([table.conditions(comparison), *parts]) + "\n")
@@ -40,7 +40,7 @@ def _page(comparison: dict[str, Any], plot: bytes) -> str:
         task_tables=_task_tables(comparison),
         plot=picture(plot, "svg+xml", "bits per body weight against perplexity, a mark for every row"),
         verdicts=_verdicts(comparison),
-        notes=table.notes(comparison),
+        notes=paired.sentences(comparison) + table.notes(comparison),
         origin=first,
         others=[name for name, entries in origins.items() if entries != first],
         recipes=[(row["row"], _recipe(row)) for row in table.ordered(comparison) if row["config"]],
