@@ -182,7 +182,7 @@ def main() -> None:
     text = readme.read_text(encoding="utf-8")
     compared = [comparison(folder, values, ROOT) for folder, values in comparisons()]
     if compared:
-        compared.append(f"Zero-shot accuracy by task: [docs/results.md]({DOCUMENT.relative_to(ROOT).as_posix()}).")
+        compared.append(f"All rows, with zero-shot tasks where measured: [docs/results.md]({DOCUMENT.relative_to(ROOT).as_posix()}).")
     parts = [*compared, *(quality(folder) for folder in sorted(RESULTS.glob("quality-*"), reverse=True)), sizes(), kernels(), peers()]
     tables = "\n\n".join(part for part in parts if part)
     filled = MARKED.sub(lambda match: f"{match[1]}\n{tables}\n\n{match[2]}", text)
