@@ -202,7 +202,10 @@ def test_a_block_that_is_damaged(damage: str, stopped: Path, teacher_directory: 
         refused("does not fit.*--overwrite", teacher_directory, stopped, None, resume=True)
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"model": 1}'])
+COMPLETE = '{"model": "m", "weights": "w", "evaluate": [], "config": %s}'
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"model": 1}', COMPLETE % "[1]", COMPLETE % '{"distill": 3}', COMPLETE % "null"])
 def test_a_run_file_without_what_it_should_say(content: str, stopped: Path, teacher_directory: Path) -> None:
     (stopped / WORK / "run.json").write_text(content)
     refused(r"run\.json.*damaged.*--overwrite", teacher_directory, stopped, None, resume=True)

@@ -55,12 +55,11 @@ def read_run(output: Path) -> dict[str, Any]:
     if not path.exists():
         done = " (the run there is finished)" if (output / "result.json").exists() else ""
         raise BimosError(f"nothing to resume in '{output}'{done}; start without --resume")
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, TypeError):
         known = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(known, dict) and {"model", "weights", "config", "evaluate"} <= known.keys():
-            for stage, values in UNSAID.items():
-                known["config"][stage] = values | known["config"].get(stage, {})
-            return known
+            said = known["config"]
+            return known | {"config": {**said, **{stage: {**values, **said.get(stage, {})} for stage, values in UNSAID.items()}}}
     raise BimosError(f"'{path}' is damaged; start anew with --overwrite")
 
 

@@ -109,7 +109,7 @@ def test_rows_are_multiples_of_the_best(comparison: dict[str, Any]) -> None:
     fewer = row("fewer", 1.0, 400.0)
     fewer["perplexity"]["wikitext2"]["losses"] = [9.0, 9.0]
     comparison["rows"] += [far, fewer]
-    said = "WikiText-2, window by window, times the perplexity of good: bad 1.020 ± 0.006, far 1,100."
+    said = "WikiText-2, window by window, times the perplexity of good: bad 1.020 ± 0.006, far 1,097."
     assert paired.sentences(comparison) == [said]
 
 

@@ -12,7 +12,7 @@ import statistics
 from typing import Any
 
 from bimos.comparison import TEACHER, table
-from bimos.evaluation.formatting import is_number
+from bimos.evaluation.formatting import is_number, significant
 
 
 def paired(losses: list[float], others: list[float]) -> tuple[float, float] | None:
@@ -42,7 +42,5 @@ def sentences(comparison: dict[str, Any]) -> list[str]:
 
 
 def _times(ratio: float, error: float) -> str:
-    """`1.024 ± 0.006`; ratios of a hundred and more to three digits."""
-    if ratio >= 100:
-        return f"{float(f'{ratio:.3g}'):,.0f}"
-    return f"{ratio:.3f} ± {error:.3f}"
+    """`1.024 ± 0.006`; a hundred and more without the error."""
+    return significant(ratio) if ratio >= 100 else f"{ratio:.3f} ± {error:.3f}"
