@@ -187,11 +187,11 @@ def test_statistics_are_used_only_when_asked_for(tmp_path: Path, windows: Tensor
 def test_starts_fit_the_time(tmp_path: Path, windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     now, seen = [0.0], []
 
-    def start(*args: Any) -> float:
+    def start(*args: Any) -> tuple[float, None]:
         initialise.initialise_block(*args)
         seen.append(len(args[4][0]))
         now[0] += 3.0 + 2.0 * len(args[4][0])  # seconds
-        return 3.0
+        return 3.0, None
 
     monkeypatch.setattr(blockwise, "initialise_block", start)
     monkeypatch.setattr(blockwise.time, "monotonic", lambda: now[0])

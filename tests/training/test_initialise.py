@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, OPTConfig, PreTrainedModel
 
 from bimos.config import InitialiseConfig
+from bimos.lanes import Lanes
 from bimos.methods import InputStatistics, method_config
 from bimos.models import convertible_linears, decoder_blocks
 from bimos.training import initialise
 from bimos.training.initialise import Group, execution_groups, initialise_block
+from bimos.training.measuring import Answers, Measurement
 from bimos.training.streams import advance, capture, embed
 from bimos.training.student import trainable_layers
 
@@ -114,13 +116,15 @@ def test_refit_takes_the_streams_error_away() -> None:
     groups = execution_groups(block, names, call, stream[:4])
     student = copy.deepcopy(block)
     before = (advance(student, call, inputs, 4) - advance(block, call, stream, 4)).square().mean()
-    writers: list[str] = []
+    writers: list[Group] = []
+    lanes = Lanes(1, stream.device)
+    answers = Answers(block, groups, call, stream, 4, lanes)
     for group in groups:
-        measured = initialise._Measurement(block, student, group, list(writers), call)
-        measured.run(stream, inputs, 4)
+        measured = Measurement(answers, student, group, list(writers), call)
+        measured.run(inputs, 4, lanes)
         for name in group.names:
             measured.refit(name)
-        writers += group.names if group.residual else ()
+        writers += [group] if group.residual else []
     after = (advance(student, call, inputs, 4) - advance(block, call, stream, 4)).square().mean()
     assert after < 0.5 * before
 

@@ -176,7 +176,8 @@ def _refit(weight: Tensor, gram: Tensor, decision: Tensor, row: Tensor, column: 
         normal = gram * (scaled.T @ scaled)
         # Held a little to the scales before: a column that no input excites would otherwise be arbitrary.
         ridge = 0.01 * (normal.diagonal() + normal.diagonal().mean()).clamp_min(1e-30)
-        column = torch.linalg.solve(normal + ridge.diag(), (scaled * product).sum(0) + ridge * column)
+        right = (scaled * product).sum(0) + ridge * column
+        column = torch.cholesky_solve(right[:, None], torch.linalg.cholesky(normal + ridge.diag()))[:, 0]
     return row.abs(), column.abs(), turned(decision, row, column)
 
 

@@ -31,9 +31,10 @@ def tune_scales(layer: TrainableLinear, weight: Tensor, statistics: InputStatist
         layer: its experts, if there are several, all alike; the values of its router do not matter.
     """
     sample, device = statistics.sample, statistics.sample.device
-    answers = sample @ weight.T if layer.bias is None else sample @ weight.T + layer.bias.detach()
+    narrow = sample.bfloat16()
+    answers = F.linear(narrow, weight.bfloat16(), None if layer.bias is None else layer.bias.detach().bfloat16())
     importance = torch.ones(len(sample), device=device) if statistics.importance is None else statistics.importance
-    importance = importance / (importance * answers.square().sum(-1)).mean().clamp_min(1e-30)
+    importance = importance / (importance * answers.float().square().sum(-1)).mean().clamp_min(1e-30)
     size = sample.norm(dim=-1).median().clamp_min(1e-6).item()  # of a vector that is none of the few huge ones
     roles = layer.roles()
     scales, latents = roles["scale"], roles["latent"]
@@ -44,9 +45,8 @@ def tune_scales(layer: TrainableLinear, weight: Tensor, statistics: InputStatist
             scale.mul_((1 + SPREAD * torch.randn(scale.shape, generator=generator)).to(device))
     groups = [{"params": [scale], "lr": RATE * scale.abs().mean().item()} for scale in scales]
     groups += [{"params": [router], "lr": 10 * RATE / size} for router in roles["router"]]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
     schedule = LambdaLR(optimizer, lambda step: min(1.0, 2 - 2 * step / steps))
-    narrow = sample.bfloat16()
     for latent in latents:
         latent.requires_grad_(False)
     with torch.enable_grad(), SharedSigns(latents, torch.bfloat16):

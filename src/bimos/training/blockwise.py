@@ -65,19 +65,27 @@ def reconstruct_blocks(
     Returns:
         The stage's report: tokens, seconds, tokens per second and block, peak memory, first and last error of every block.
     """
-    with fused(teacher):
-        return _each_block(teacher, windows, method, config, directory, progress, seconds)
+    size = min(config.blocks.batch_size, len(windows))
+    lanes = Lanes(size if size % LANES == 0 else 1, windows.device)  # both lanes call blocks with the same number of rows
+    with fused(teacher), lanes:
+        return _each_block(teacher, windows, method, config, directory, progress, seconds, size, lanes)
 
 
 def _each_block(
-    teacher: nn.Module, windows: Tensor, method: MethodConfig, config: RunConfig, directory: Path, progress: Progress, seconds: float | None
+    teacher: nn.Module,
+    windows: Tensor,
+    method: MethodConfig,
+    config: RunConfig,
+    directory: Path,
+    progress: Progress,
+    seconds: float | None,
+    size: int,
+    lanes: Lanes,
 ) -> dict[str, Any]:
     reset_peak()
     directory.mkdir(parents=True, exist_ok=True)
     prefix, blocks = decoder_blocks(teacher)
     names = [name.removeprefix(prefix + ".").split(".", 1) for name in convertible_linears(teacher, config.skip)]
-    size = min(config.blocks.batch_size, len(windows))
-    lanes = Lanes(size if size % LANES == 0 else 1, windows.device)  # both lanes call blocks with the same number of rows
     _, calls = capture(teacher, windows[:size])
     lane_calls = calls if lanes.count == 1 else capture(teacher, windows[: size // lanes.count])[1]
     stream = torch.cat([embed(teacher, windows[rows]) for rows in batches(len(windows), size)])
@@ -94,20 +102,21 @@ def _each_block(
             tensors, entry = found
             replace_empty(trainable, local, method)
             load_trained(trainable, tensors)
-            advance(block, call, stream, size, out=stream)
-            advance(trainable, call, student_stream, size, out=student_stream)
+            advance(block, call, stream, size, stream, lanes)
+            advance(trainable, call, student_stream, size, student_stream, lanes)
         else:
             start = time.monotonic()
             left = None if seconds is None else max(0.0, (seconds - worked) / (len(blocks) - index))
             if len(stream) < len(windows):
                 left = 0.0  # not even the start has all it asks for: steps on so few would fit them alone
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
-            solving = initialise_block(block, trainable, local, call, (stream, student_stream), size, method, config.initialise, generator)
-            targets = advance(block, call, stream, size, out=stream)
+            streams = stream, student_stream
+            solving, behind = initialise_block(block, trainable, local, call, streams, size, method, config.initialise, generator, lanes)
+            stream = advance(block, call, stream, size, stream, lanes) if behind is None else behind
             training = time.monotonic()
-            entry = _reconstruct(trainable, index, lanes, lane_call, student_stream, targets, config, generator, left, start, progress)
+            entry = _reconstruct(trainable, index, lanes, lane_call, student_stream, stream, config, generator, left, start, progress)
             training = time.monotonic() - training
-            advance(trainable, call, student_stream, size, out=student_stream)
+            advance(trainable, call, student_stream, size, student_stream, lanes)
             entry["seconds"] = time.monotonic() - start
             entry["next_sequences"] = float(len(stream))
             if seconds is not None and index + 1 < len(blocks):
@@ -212,22 +221,21 @@ def _reconstruct(
             output = call(block, inputs)
         return relative_error(output, targets)
 
-    with lanes:
-        while budget.progress() < 1 and budget.spent_tokens < total:
-            order = torch.randperm(len(inputs), generator=generator)
-            for rows in batches(len(inputs), size):
-                set_rate(optimizer, schedule("cosine", 0.05, max(budget.progress(), budget.spent_tokens / total)))
-                with signs:
-                    loss = lanes.backward(loss_of, {"inputs": inputs[order[rows]], "targets": targets[order[rows]]})
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                budget.spent_tokens += size * length
-                losses.append(loss.item())
-                if not math.isfinite(losses[-1]):
-                    raise BimosError(f"block {index}: the loss is not finite; lower blocks.lr_latent and blocks.lr_scale; start anew")
-                progress.tick(size * length, loss=losses[-1])
-                if budget.progress() >= 1:
-                    break
+    while budget.progress() < 1 and budget.spent_tokens < total:
+        order = torch.randperm(len(inputs), generator=generator)
+        for rows in batches(len(inputs), size):
+            set_rate(optimizer, schedule("cosine", 0.05, max(budget.progress(), budget.spent_tokens / total)))
+            with signs:
+                loss = lanes.backward(loss_of, {"inputs": inputs[order[rows]], "targets": targets[order[rows]]})
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            budget.spent_tokens += size * length
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise BimosError(f"block {index}: the loss is not finite; lower blocks.lr_latent and blocks.lr_scale; start anew")
+            progress.tick(size * length, loss=losses[-1])
+            if budget.progress() >= 1:
+                break
     if not losses:  # the start took all the time
         losses.append(_error(block, call, inputs, targets, rows_of_lane))
     tail = max(1, len(losses) // 10)

@@ -12,6 +12,7 @@ from bimos.lanes import LANES
 from bimos.methods import MethodConfig, method_config
 from bimos.models import convertible_linears, decoder_blocks
 from bimos.training.losses import CHUNK_BYTES
+from bimos.training.measuring import KEPT_BYTES
 
 RUNTIME = 600 * 2**20  # Python, torch, transformers and the text that is mapped, before any model
 LATENT = 4 * 4  # float32 latent, gradient and two Adam moments
@@ -49,6 +50,8 @@ def peak_memory(model: nn.Module, config: RunConfig) -> dict[str, int]:
         training += kept // len(blocks) * config.blocks.batch_size * config.sequence_length
     if config.initialise.activation_aware:
         starting = max(4 * (MOMENTS * m.in_features**2 + COPIES * m.weight.numel()) for m in linears.values())
+        answers = 2 * sum(m.out_features for m in linears.values()) // len(blocks) * config.initialise.sequences * config.sequence_length
+        starting += answers if answers <= KEPT_BYTES else 0
     stages = {"blocks": RUNTIME + weights + streams + block + max(training, starting)}
     if config.distill.enabled:
         step = config.distill.batch_size * config.sequence_length

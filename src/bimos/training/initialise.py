@@ -8,7 +8,6 @@ error that the stream carries by then. The method then binarizes that weight, kn
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,20 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from bimos.config import InitialiseConfig, decided
+from bimos.lanes import Lanes
 from bimos.methods.base import InputStatistics, MethodConfig
-from bimos.training.streams import BlockCall, Stop, batches
+from bimos.training.measuring import Answers, Group, Measurement
+from bimos.training.streams import BlockCall
 from bimos.training.student import binarize
-
-RIDGE = 0.2  # of the mean second moment: what holds a refit weight to the teacher's
-SAMPLES = 256  # input vectors kept of every batch
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Linears that share one input, and whether what they give is added to the residual stream as it is."""
-
-    names: tuple[str, ...]
-    residual: bool
 
 
 def initialise_block(
@@ -43,41 +33,55 @@ def initialise_block(
     method: MethodConfig,
     config: InitialiseConfig,
     generator: torch.Generator,
-) -> float:
+    lanes: Lanes | None = None,
+) -> tuple[float, Tensor | None]:
     """Replace the linears `names` of the block `student`, a copy of `teacher`, by trainable layers.
 
     Args:
         streams: what enters the block in the teacher and in the student, `[n, T, d]` each.
         size: rows of a batch.
+        lanes: in which batches, and linears with one input, go side by side; None for none.
 
     Returns:
-        Seconds of the work that takes as long for any number of sequences: all but sending them through the block.
+        Seconds of the work that takes as long for any number of sequences: all but sending them through the block; and what comes
+        out of the teacher's block, `[n, T, d]`, where that was made along the way.
     """
     start = time.monotonic()
     if not config.activation_aware:
         binarize(student, names, method, {}, generator)
-        return time.monotonic() - start
-    reading = 0.0
+        return time.monotonic() - start, None
+    lanes = lanes or Lanes(1, streams[0].device)
     refit = decided(config.refit, method.trained)
     rows = max(size, config.sequences - config.sequences % size)
-    short = (streams[0][:rows], streams[1][:rows])
-    groups = execution_groups(teacher, names, call, short[0][:size])
-    writers: list[str] = []
+    stream, student_stream = streams[0][:rows], streams[1][:rows]
+    groups = execution_groups(teacher, names, call, stream[:size])
+    before = time.monotonic()
+    answers = Answers(teacher, [group for group in groups if refit or group.residual], call, stream, size, lanes)
+    reading = time.monotonic() - before
+    writers: list[Group] = []
     for group in groups:
-        measured = _Measurement(teacher, student, group, list(writers), call)
+        measured = Measurement(answers, student, group, list(writers), call)
         before = time.monotonic()
-        measured.run(*short, size, answers=refit)
+        measured.run(student_stream, size, lanes, refit)
         reading += time.monotonic() - before
-        if refit:
-            for name in group.names:
-                measured.refit(name)
         statistics = measured.statistics()
-        binarize(student, list(group.names), method, dict.fromkeys(group.names, statistics), generator)
+
+        def begin(name: str, seed: int, measured: Measurement = measured, statistics: InputStatistics = statistics) -> None:
+            if refit:
+                measured.refit(name)
+            binarize(student, [name], method, {name: statistics}, torch.Generator().manual_seed(seed))
+
+        seeds = torch.randint(2**62, (len(group.names),), generator=generator).tolist()
+        if len(group.names) > 1:
+            lanes.map(lambda item, begin=begin: begin(*item), zip(group.names, seeds, strict=True))  # type: ignore[misc]
+        else:
+            begin(group.names[0], seeds[0])
         if group.residual:
-            writers += group.names
+            writers.append(group)
     unseen = [name for name in names if not any(name in group.names for group in groups)]
     binarize(student, unseen, method, {}, generator)
-    return time.monotonic() - start - reading
+    behind = answers.behind if len(stream) == len(streams[0]) else None
+    return time.monotonic() - start - reading, behind
 
 
 def execution_groups(block: nn.Module, names: list[str], call: BlockCall, hidden: Tensor) -> list[Group]:
@@ -120,92 +124,6 @@ def _is_added(block: nn.Module, name: str, outputs: dict[str, Tensor], call: Blo
         moved = call(block, hidden)
     difference = (moved - result).float() - noise.float()
     return bool(difference.norm() < 0.1 * noise.float().norm())
-
-
-class _Measurement:
-    """Second moments of what one group sees in the student, and its products with what the group should answer."""
-
-    def __init__(self, teacher: nn.Module, student: nn.Module, group: Group, writers: list[str], call: BlockCall) -> None:
-        self._teacher, self._student, self._group, self._writers, self._call = teacher, student, group, writers, call
-        self._gram: Any = 0.0
-        self._cross: dict[str, Any] = dict.fromkeys(group.names, 0.0)
-        self._weight = 0.0
-        self._sample: list[Tensor] = []
-        self._importance: list[Tensor] = []
-
-    def run(self, stream: Tensor, student_stream: Tensor, size: int, answers: bool = True) -> None:
-        """Both streams through the block, `size` rows at a time; without `answers` there is nothing for `refit`."""
-        for rows in batches(len(stream), size):
-            theirs: dict[str, Tensor] = {}
-            if answers or self._group.residual:
-                theirs, _ = self._outputs(self._teacher, stream[rows], stop_before=False)
-            mine, x = self._outputs(self._student, student_stream[rows], stop_before=True)
-            x = _tokens(x)
-            weight = torch.ones(len(x), 1, device=x.device)
-            error: Any = 0.0
-            if self._group.residual:
-                before = _tokens(stream[rows]) + sum(_tokens(theirs[name]) for name in self._writers)
-                error = before - _tokens(student_stream[rows]) - sum(_tokens(mine[name]) for name in self._writers)
-                after = before + sum(_tokens(theirs[name]) for name in self._group.names)
-                # Relative to the stream's size: the norm that follows takes that out again (see `relative_error`).
-                weight = 1 / after.square().sum(-1, keepdim=True).clamp_min(1e-6)
-            weighted = x * weight
-            self._gram = self._gram + weighted.T @ x
-            for name in self._group.names if answers else ():
-                linear: Any = self._teacher.get_submodule(name)
-                answer = _tokens(theirs[name]) + error
-                if linear.bias is not None:
-                    answer = answer - linear.bias.float()
-                self._cross[name] = self._cross[name] + weighted.T @ answer
-            self._weight += weight.sum().item()
-            every = max(1, len(x) // SAMPLES)
-            self._sample.append(x[::every].clone())
-            self._importance.append(weight[::every, 0].clone())
-
-    def _outputs(self, block: nn.Module, hidden: Tensor, stop_before: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """What the writers (and the group, unless stopped before it) give in `block`, and the group's input."""
-        outputs: dict[str, Tensor] = {}
-        inputs: list[Tensor] = []
-
-        def record(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-                outputs[name] = output
-                if name == self._group.names[-1]:
-                    raise Stop
-
-            return hook
-
-        def enter(module: nn.Module, args: tuple) -> None:
-            inputs.append(args[0])
-            if stop_before:
-                raise Stop
-
-        hooks = [block.get_submodule(name).register_forward_hook(record(name)) for name in (*self._writers, *self._group.names)]
-        hooks.append(block.get_submodule(self._group.names[0]).register_forward_pre_hook(enter))
-        try:
-            with torch.no_grad(), _Hooks(hooks):
-                self._call(block, hidden)
-        except Stop:
-            pass
-        return outputs, inputs[0]
-
-    def refit(self, name: str) -> None:
-        """Give the student's linear the weight that answers best, held a little to the teacher's."""
-        linear: Any = self._student.get_submodule(name)
-        ridge = RIDGE * self._gram.diagonal().mean()
-        identity = torch.eye(len(self._gram), dtype=self._gram.dtype, device=self._gram.device)
-        right = self._cross[name] + ridge * linear.weight.float().T
-        with torch.no_grad():
-            linear.weight.copy_(torch.linalg.solve(self._gram + ridge * identity, right, left=True).T)
-
-    def statistics(self) -> InputStatistics:
-        gram = self._gram / self._weight
-        return InputStatistics(gram.diagonal().clone(), torch.cat(self._sample), gram, torch.cat(self._importance))
-
-
-def _tokens(output: Tensor) -> Tensor:
-    """`[tokens, out]`, float32."""
-    return output.flatten(0, -2).float()
 
 
 class _Hooks:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bimos.lanes import Lanes
 from bimos.models import decoder_blocks
 
 
@@ -86,10 +87,16 @@ def batches(count: int, size: int) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def advance(block: nn.Module, call: BlockCall, stream: Tensor, size: int, out: Tensor | None = None) -> Tensor:
-    """The stream `[n, T, d]` behind `block`, into `out` (which may be the stream itself)."""
+def advance(
+    block: nn.Module, call: BlockCall, stream: Tensor, size: int, out: Tensor | None = None, lanes: Lanes | None = None
+) -> Tensor:
+    """The stream `[n, T, d]` behind `block`, into `out` (which may be the stream itself); batches of `size` go side by side in `lanes`."""
     out = torch.empty_like(stream) if out is None else out
-    with torch.no_grad():
-        for rows in batches(len(stream), size):
+
+    def step(rows: slice) -> None:
+        with torch.no_grad():
             out[rows] = call(block, stream[rows]).to(out.dtype)
+
+    lanes = lanes or Lanes(1, stream.device)
+    lanes.map(step, batches(len(stream), size))
     return out

@@ -1,0 +1,237 @@
+"""What the linears of one block get to see in the student, and what they should answer: sums over both streams.
+
+The teacher's answers are the same for every group of linears: made once, where they fit in memory. Batches go side by side in two lanes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from bimos.lanes import Lanes
+from bimos.methods.base import InputStatistics
+from bimos.training.streams import BlockCall, Stop, batches
+
+RIDGE = 0.2  # of the mean second moment: what holds a refit weight to the teacher's
+SAMPLES = 256  # input vectors kept of every batch
+PANEL = 192  # rows of second moments made at once
+KEPT_BYTES = 512 * 2**20  # of the teacher's answers; where they are more, its block runs anew for every group
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Linears that share one input, and whether what they give is added to the residual stream as it is."""
+
+    names: tuple[str, ...]
+    residual: bool
+
+    @property
+    def heard(self) -> tuple[str, ...]:
+        """The linears that must be listened to: one is enough for the input that all share."""
+        return self.names if self.residual else self.names[:1]
+
+
+class Answers:
+    """What the teacher's block does on its stream `[n, T, d]`, `size` rows at a time, as far as some groups of linears need it.
+
+    Of a group that writes to the residual stream, what its linears give; of another, what enters it.
+
+    Attributes:
+        behind: the stream behind the block; None where nothing is kept.
+    """
+
+    def __init__(self, teacher: nn.Module, groups: list[Group], call: BlockCall, stream: Tensor, size: int, lanes: Lanes) -> None:
+        self.teacher, self._call, self._stream = teacher, call, stream
+        self._kept: dict[int, dict[str, Tensor]] = {}
+        self.behind: Tensor | None = None
+        linears: Any = [(group, teacher.get_submodule(name)) for group in groups for name in group.heard]
+        width = sum(linear.out_features if group.residual else linear.in_features for group, linear in linears)
+        if width * stream.shape[:-1].numel() * stream.element_size() > KEPT_BYTES:
+            return
+        behind = self.behind = torch.empty_like(stream)
+
+        def keep(rows: slice) -> None:
+            self._kept[rows.start], behind[rows] = taps.run(call, stream[rows])
+
+        with Taps(teacher, groups, whole=True) as taps:
+            lanes.map(keep, batches(len(stream), size))
+
+    def entering(self, rows: slice) -> Tensor:
+        """The stream before the block, `[size, T, d]`."""
+        return self._stream[rows]
+
+    def of(self, rows: slice, taps: Taps) -> dict[str, Tensor]:
+        """By the linear's name: all that are kept, or those that `taps` listens to."""
+        return self._kept[rows.start] if self._kept else taps.run(self._call, self._stream[rows])[0]
+
+
+class Taps:
+    """Listens to groups of linears of one block while it is called, from any number of threads at once. A context manager.
+
+    Args:
+        groups: of which outputs (residual) or inputs (others) are wanted; the block is run until it has them.
+        entry: of a linear before which the block is to stop; its input is wanted, too.
+        whole: run all of the block.
+    """
+
+    def __init__(self, block: nn.Module, groups: Iterable[Group], entry: str | None = None, whole: bool = False) -> None:
+        self._block, self._entry, self._whole = block, entry, whole
+        self._names = {name: group.residual for group in groups for name in group.heard}
+        self._here = threading.local()
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Self:
+        for name, residual in self._names.items():
+            self._handles.append(self._block.get_submodule(name).register_forward_hook(self._record(name, residual)))
+        if self._entry is not None:
+            self._handles.append(self._block.get_submodule(self._entry).register_forward_pre_hook(self._enter))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def run(self, call: BlockCall, hidden: Tensor) -> tuple[dict[str, Tensor], Any]:
+        """What is wanted on `hidden [B, T, d]`, by the linear's name; and what enters `entry`, or what the whole block gives."""
+        self._here.found, self._here.other = {}, None
+        with contextlib.suppress(Stop), torch.no_grad():
+            self._here.other = call(self._block, hidden)
+        return self._here.found, self._here.other
+
+    def _record(self, name: str, residual: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            self._here.found[name] = output if residual else args[0]
+            if self._entry is None and not self._whole and len(self._here.found) == len(self._names):
+                raise Stop
+
+        return hook
+
+    def _enter(self, module: nn.Module, args: tuple) -> None:
+        self._here.other = args[0]
+        raise Stop
+
+
+class Measurement:
+    """Second moments of what one group sees in the student, and its products with what the group should answer.
+
+    A group that writes nothing to the residual stream should answer what the teacher's linears answer, on the teacher's inputs. There
+    products with those inputs say as much, and one of them does for all linears.
+
+    Args:
+        writers: groups before this one that write to the residual stream.
+    """
+
+    def __init__(self, answers: Answers, student: nn.Module, group: Group, writers: list[Group], call: BlockCall) -> None:
+        self._answers, self._student, self._group, self._writers, self._call = answers, student, group, writers, call
+        self._sums = _Sums()
+
+    def run(self, stream: Tensor, size: int, lanes: Lanes, refit: bool = True) -> None:
+        """The student's stream `[n, T, d]` through its block, `size` rows at a time; without `refit` there is nothing for that."""
+        group = self._group
+        wanted = [*self._writers, group] if group.residual else [group] if refit else []
+        theirs, mine = Taps(self._answers.teacher, wanted), Taps(self._student, self._writers, group.names[0])
+        rows = list(batches(len(stream), size))
+
+        def lane(rows: list[slice]) -> _Sums:
+            sums = _Sums()
+            for part in rows:
+                written, x = mine.run(self._call, stream[part])
+                answers = self._answers.of(part, theirs) if wanted else {}
+                self._add(sums, _tokens(x), written, answers, part, stream, refit)
+            return sums
+
+        with theirs, mine:
+            for part in lanes.map(lane, [rows[start :: lanes.count] for start in range(min(lanes.count, len(rows)))]):
+                self._sums.add(part)
+
+    def _add(
+        self, sums: _Sums, x: Tensor, written: dict[str, Tensor], answers: dict[str, Tensor], rows: slice, stream: Tensor, refit: bool
+    ) -> None:
+        group = self._group
+        weight = torch.ones(len(x), 1, device=x.device)
+        targets: dict[str, Tensor] = {}
+        if group.residual:
+            names = [name for writer in self._writers for name in writer.names]
+            before = _tokens(self._answers.entering(rows)) + sum(_tokens(answers[name]) for name in names)
+            error = before - _tokens(stream[rows]) - sum(_tokens(written[name]) for name in names)
+            given = {name: _tokens(answers[name]) for name in group.names}
+            # Relative to the stream's size: the norm that follows takes that out again (see `relative_error`).
+            weight = 1 / (before + sum(given.values())).square().sum(-1, keepdim=True).clamp_min(1e-6)
+            targets = {name: answer + error - _bias(self._teacher(name)) for name, answer in given.items()}
+        elif refit:
+            targets = {group.names[0]: _tokens(answers[group.names[0]])}
+        weighted = (x * weight).T
+        every = max(1, len(x) // SAMPLES)
+        sums.add(
+            _Sums(
+                second_moments(weighted, x),
+                weight.sum().item(),
+                {name: weighted @ target for name, target in targets.items()} if refit else {},
+                [x[::every].clone()],
+                [weight[::every, 0].clone()],
+            )
+        )
+
+    def _teacher(self, name: str) -> Any:
+        return self._answers.teacher.get_submodule(name)
+
+    def refit(self, name: str) -> None:
+        """Give the student's linear the weight that answers best, held a little to the teacher's."""
+        linear: Any = self._student.get_submodule(name)
+        gram, weight = self._sums.gram, linear.weight.float()
+        cross = self._sums.cross[name] if self._group.residual else self._sums.cross[self._group.names[0]] @ self._teacher(name).weight.float().T
+        ridge = RIDGE * gram.diagonal().mean()
+        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        with torch.no_grad():
+            linear.weight.copy_(torch.linalg.solve(gram + ridge * identity, cross + ridge * weight.T, left=True).T)
+
+    def statistics(self) -> InputStatistics:
+        gram = self._sums.gram / self._sums.weight
+        return InputStatistics(gram.diagonal().clone(), torch.cat(self._sums.sample), gram, torch.cat(self._sums.importance))
+
+
+def second_moments(weighted: Tensor, x: Tensor) -> Tensor:
+    """`weighted [in, tokens]` times `x [tokens, in]`, which is symmetric: its upper blocks, and the lower from them.
+
+    In float32 even where `x` was bfloat16: rounded, inputs that always come together would leave no Cholesky factor.
+    """
+    width = x.shape[1]
+    result = torch.empty(width, width, dtype=x.dtype, device=x.device)
+    for start in range(0, width, PANEL):
+        end = min(width, start + PANEL)
+        torch.mm(weighted[start:end], x[:, start:], out=result[start:end, start:])
+        result[end:, start:end] = result[start:end, end:].T
+    return result
+
+
+@dataclasses.dataclass
+class _Sums:
+    """Over tokens: of one batch, of one lane, or of all."""
+
+    gram: Any = 0.0
+    weight: float = 0.0
+    cross: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sample: list[Tensor] = dataclasses.field(default_factory=list)
+    importance: list[Tensor] = dataclasses.field(default_factory=list)
+
+    def add(self, other: _Sums) -> None:
+        self.gram = self.gram + other.gram
+        self.weight += other.weight
+        self.cross = {name: self.cross.get(name, 0.0) + cross for name, cross in other.cross.items()}
+        self.sample += other.sample
+        self.importance += other.importance
+
+
+def _bias(linear: Any) -> Any:
+    return 0.0 if linear.bias is None else linear.bias.float()
+
+
+def _tokens(output: Tensor) -> Tensor:
+    """`[tokens, out]`, float32."""
+    return output.flatten(0, -2).float()
