@@ -18,7 +18,7 @@ from bimos.options import build
 class InitialiseConfig:
     """Stage 1: signs and scales that fit the teacher's weights, weighted by what its linears see."""
 
-    sequences: int = 64  # calibration sequences behind the input statistics
+    sequences: int = 128  # calibration sequences behind the input statistics
     activation_aware: bool = True  # hand the statistics to the method; False: it sees the weights alone
     refit: bool | None = None  # first refit each linear to the teacher's answers on the student's inputs; null: if the method is trained
 
@@ -28,13 +28,13 @@ class BlocksConfig:
     """Stage 2: reconstruct each decoder block from the student's own inputs."""
 
     enabled: bool | None = None  # null: if the method is trained
-    tokens: int = 32_768  # calibration tokens, streamed through every block
+    tokens: int = 65_536  # calibration tokens, streamed through every block
     epochs: int = 2
     batch_size: int = 2  # sequences
-    lr_latent: float = 4.0e-3
+    lr_latent: float = 6.0e-3
     lr_scale: float = 1.0e-3
-    lr_router: float = 1.0e-4
-    share: float = 0.2  # of a budget given in minutes
+    lr_router: float = 1.0e-3
+    share: float = 0.4  # of a budget given in minutes, at most
 
 
 @dataclasses.dataclass

@@ -212,3 +212,53 @@ def test_starts_fit_the_time(tmp_path: Path, windows: Tensor, monkeypatch: pytes
     now[0], seen[:] = 0.0, []
     reconstruct(tmp_path / "endless", windows, config(epochs=1))
     assert seen == [8, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("index", "seconds", "worked", "expected"),
+    [
+        (1, 1000.0, 40.0, 128),  # 120 each: all of them, trained
+        (1, 440.0, 40.0, 82),  # 50 each: 4 + 82 * (0.08 + 2 * 0.24)
+        (0, 390.0, 40.0, 128),  # the first one also warms up: not below twice what it says
+        (1, 240.0, 40.0, 36),  # 25 each: enough to be trained
+        (1, 160.0, 40.0, 32),  # 15 each would train 19: too few; these are trained for as long as there is time
+        (1, 84.0, 40.0, 18),  # 5.5 each: the start alone
+        (1, 40.0, 40.0, 2),  # never less than a batch
+        (2, 160.0, 40.0, 128),  # later ones stay
+        (2, 60.0, 40.0, 64),  # unless the start alone is far too late
+    ],
+)
+def test_sequences_fit_the_time(index: int, seconds: float, worked: float, expected: int) -> None:
+    pace = blockwise._Pace(solving=4.0, reading=0.08, training=0.24)
+    run = RunConfig.from_dict({"sequence_length": 512})
+    left = 8 + index + 1  # blocks, so that 8 are to come
+    assert blockwise._sequences(index, left, 128, 2, seconds, worked, pace, run) == expected
+
+
+def test_what_is_cut_is_trained_if_it_is_enough(tmp_path: Path, windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "_sequences", lambda *args: 4)
+    monkeypatch.setattr(blockwise, "TRAINED", 4 * 16)
+    report = reconstruct(tmp_path / "enough", windows, config(epochs=1), seconds=60.0)
+    assert [entry["tokens"] for entry in report["blocks"]] == [8 * 16, 4 * 16, 4 * 16]
+    monkeypatch.setattr(blockwise, "TRAINED", 4 * 16 + 1)
+    report = reconstruct(tmp_path / "few", windows, config(epochs=1), seconds=60.0)
+    assert [entry["tokens"] for entry in report["blocks"]] == [8 * 16, 0, 0]
+
+
+def test_rates_begin_with_the_training_not_with_the_start(tmp_path: Path, windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, factors = [0.0], []
+
+    def start(*args: Any) -> tuple[float, None]:
+        initialise.initialise_block(*args)
+        now[0] += 90.0
+        return 90.0, None
+
+    def step(optimizer: torch.optim.Optimizer, factor: float) -> None:
+        factors.append(factor)
+        now[0] += 1.0
+
+    monkeypatch.setattr(blockwise, "initialise_block", start)
+    monkeypatch.setattr(blockwise, "set_rate", step)
+    monkeypatch.setattr(blockwise.time, "monotonic", lambda: now[0])
+    reconstruct(tmp_path, windows, config(epochs=100), seconds=300.0)  # of each block's 100 seconds 10 are left
+    assert len(factors) == 30 and max(factors) > 0.9 and min(factors[5:10]) < 0.3

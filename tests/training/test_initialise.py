@@ -14,7 +14,7 @@ from bimos.config import InitialiseConfig
 from bimos.lanes import Lanes
 from bimos.methods import InputStatistics, method_config
 from bimos.models import convertible_linears, decoder_blocks
-from bimos.training import initialise
+from bimos.training import initialise, measuring
 from bimos.training.initialise import Group, execution_groups, initialise_block
 from bimos.training.measuring import Answers, Measurement
 from bimos.training.streams import advance, capture, embed
@@ -151,3 +151,35 @@ def test_statistics_are_those_of_what_the_student_sees(monkeypatch: pytest.Monke
     torch.testing.assert_close(statistics.second_moment, seen[0].square().mean(0))
     assert len(statistics.sample) and all((seen[0] == row).all(-1).any() for row in statistics.sample)
     assert set(found) == set(names)
+
+
+@pytest.mark.parametrize("config", [LLAMA, OPT, NEOX], ids=lambda config: config.model_type)
+def test_answers_are_the_same_made_once_or_anew(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, student = begin(config)
+    monkeypatch.setattr(measuring, "KEPT_BYTES", 0)
+    again, other = begin(config)
+    assert again == error
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_lanes_start_like_one(size: int) -> None:
+    _, block, names, call, stream = setting(LLAMA)
+    _, calls = capture(_, torch.zeros(size, 16, dtype=torch.long))
+    call = calls[1]
+    students = []
+    for rows in (1, 4):
+        student = copy.deepcopy(block)
+        with Lanes(rows, stream.device) as lanes:
+            arguments = (size, method_config("sign"), InitialiseConfig(), torch.Generator().manual_seed(0), lanes)
+            _, behind = initialise_block(block, student, names, call, (stream, stream + 0.1), *arguments)
+        torch.testing.assert_close(behind, advance(block, call, stream, size))
+        students.append(advance(student, call, stream, size))
+    torch.testing.assert_close(*students, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(5, 7), (64, measuring.PANEL), (33, 2 * measuring.PANEL + 24)])
+def test_second_moments(tokens: int, width: int) -> None:
+    x, weight = torch.randn(tokens, width, dtype=torch.float64), torch.rand(tokens, 1, dtype=torch.float64)
+    torch.testing.assert_close(measuring.second_moments((x * weight).T, x), (x * weight).T @ x)

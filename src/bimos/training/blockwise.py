@@ -13,7 +13,7 @@ import copy
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -36,6 +36,8 @@ from bimos.training.streams import BlockCall, advance, batches, capture, embed
 from bimos.training.student import load_tensors, load_trained, replace_empty, save_tensors, trainable_layers
 
 LATE = 1.5  # times its share that a start may take before later blocks see fewer sequences
+TRAINED = 16384  # tokens without which a block is not trained, unless the config asks for fewer: steps on so few would fit them alone
+PASSES = 3  # through a block that a step of training takes, before one was timed
 
 
 def block_file(directory: Path, index: int) -> Path:
@@ -59,8 +61,8 @@ def reconstruct_blocks(
     Args:
         windows: calibration tokens `[n, T]`, n a multiple of `config.blocks.batch_size`.
         seconds: time for all blocks together, or None for the epochs that the config asks for. Where they are too few for a start on as
-            many sequences as the config asks for, the blocks after the first see fewer, all of them about the same number, and no block is
-            trained.
+            many sequences as the config asks for and so many epochs on them, the blocks after the first see fewer, all of them about the
+            same number; where those would hold less than `TRAINED` tokens, the time goes to the start, and no block is trained.
 
     Returns:
         The stage's report: tokens, seconds, tokens per second and block, peak memory, first and last error of every block.
@@ -107,29 +109,28 @@ def _each_block(
         else:
             start = time.monotonic()
             left = None if seconds is None else max(0.0, (seconds - worked) / (len(blocks) - index))
-            if len(stream) < len(windows):
-                left = 0.0  # not even the start has all it asks for: steps on so few would fit them alone
+            if len(stream) < len(windows) and stream.shape[:-1].numel() < TRAINED:
+                left = 0.0
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
             streams = stream, student_stream
             solving, behind = initialise_block(block, trainable, local, call, streams, size, method, config.initialise, generator, lanes)
             stream = advance(block, call, stream, size, stream, lanes) if behind is None else behind
             training = time.monotonic()
             entry = _reconstruct(trainable, index, lanes, lane_call, student_stream, stream, config, generator, left, start, progress)
-            training = time.monotonic() - training
+            going_on = time.monotonic()
+            training = going_on - training
             advance(trainable, call, student_stream, size, student_stream, lanes)
-            entry["seconds"] = time.monotonic() - start
+            done = time.monotonic()
+            entry["seconds"] = done - start
             entry["next_sequences"] = float(len(stream))
             if seconds is not None and index + 1 < len(blocks):
-                each = (seconds - worked - entry["seconds"]) / (len(blocks) - index - 1)
-                reading = entry["seconds"] - training - solving
-                # What is cut away does not come back, and what a start sees decides more than some steps of distillation: the second block
-                # decides, for the first one also warms up. Later ones may take half as long again, for a machine is fast and slow by turns.
-                needed = solving + reading
-                affordable = _affordable(each, solving, reading, len(stream), size)
-                if index == 0:
-                    entry["next_sequences"] = float(min(len(stream), 2 * affordable))
-                elif needed > each and (index == 1 or worked + entry["seconds"] + needed * (len(blocks) - index - 1) > LATE * seconds):
-                    entry["next_sequences"] = float(affordable if index == 1 else max(size, (len(stream) // 2) // size * size))
+                window = (done - going_on) / len(stream)
+                pace = _Pace(solving, (done - start - training - solving) / len(stream), PASSES * window)
+                if entry["tokens"]:
+                    pace = pace._replace(training=training * windows.shape[1] / entry["tokens"])
+                entry["next_sequences"] = float(
+                    _sequences(index, len(blocks), len(stream), size, seconds, worked + entry["seconds"], pace, config)
+                )
             own = {name: tensor for name, tensor in trainable.state_dict().items() if _is_own(trainable, name)}
             save_tensors(own, path, {key: repr(value) for key, value in entry.items()})
         kept = int(entry["next_sequences"])
@@ -161,14 +162,40 @@ def _finished(path: Path) -> tuple[dict[str, Tensor], dict[str, float]] | None:
         return None  # damaged: the block is done again
 
 
-def _affordable(seconds: float, solving: float, reading: float, count: int, size: int) -> int:
-    """How many sequences a block can see in `seconds`, in whole batches: at least one, at most `count`.
+class _Pace(NamedTuple):
+    """Seconds that a block takes: whatever it sees; more for a sequence in the start; more for a sequence in an epoch of training."""
+
+    solving: float
+    reading: float
+    training: float
+
+
+def _sequences(index: int, blocks: int, count: int, size: int, seconds: float, worked: float, pace: _Pace, config: RunConfig) -> int:
+    """How many of `count` sequences the blocks behind block `index` shall see, in whole batches of `size`.
+
+    What is cut away does not come back, and what a start sees decides more than some steps of distillation. So the second block decides,
+    for the first one also warms up. Later ones may take half as long again, for a machine is fast and slow by turns.
 
     Args:
-        solving: seconds of what takes as long for any number of sequences.
-        reading: seconds of the rest for `count` sequences.
+        seconds: for all blocks.
+        worked: seconds until now.
     """
-    affordable = int(count * (seconds - solving) / max(1e-9, reading))
+    each = (seconds - worked) / (blocks - index - 1)
+    needed = pace.solving + pace.reading * count
+    if index > 1:
+        is_late = needed > each and worked + needed * (blocks - index - 1) > LATE * seconds
+        return max(size, (count // 2) // size * size) if is_late else count
+    trained = _affordable(each, pace.solving, pace.reading + config.blocks.epochs * pace.training, count, size)
+    few = TRAINED // config.sequence_length
+    affordable = trained
+    if trained < min(count, few):  # not even so many: that many, trained for as long as there is time; or what a start alone can see
+        affordable = min(_affordable(each, pace.solving, pace.reading, count, size), max(trained, few - few % size))
+    return min(count, 2 * affordable) if index == 0 else affordable
+
+
+def _affordable(seconds: float, solving: float, each: float, count: int, size: int) -> int:
+    """How many sequences, `each` of so many seconds, fit into `seconds` beside `solving`: whole batches, from one to `count`."""
+    affordable = int((seconds - solving) / max(1e-9, each))
     return max(size, min(count, affordable - affordable % size))
 
 
@@ -209,8 +236,8 @@ def _reconstruct(
         block, {"latent": options.lr_latent, "scale": options.lr_scale, "router": options.lr_router}, (0.9, 0.95), 0.0
     )
     total = options.epochs * len(inputs) * length
-    budget = Budget(tokens=total if seconds is None else None, seconds=seconds)
-    budget.spent_seconds = time.monotonic() - start
+    left = None if seconds is None else max(1e-9, seconds - (time.monotonic() - start))
+    budget = Budget(tokens=total if left is None else None, seconds=left)
     budget.start()
     losses: list[float] = []
     is_bfloat16 = inputs.dtype == torch.bfloat16

@@ -50,8 +50,9 @@ def peak_memory(model: nn.Module, config: RunConfig) -> dict[str, int]:
         training += kept // len(blocks) * config.blocks.batch_size * config.sequence_length
     if config.initialise.activation_aware:
         starting = max(4 * (MOMENTS * m.in_features**2 + COPIES * m.weight.numel()) for m in linears.values())
-        answers = 2 * sum(m.out_features for m in linears.values()) // len(blocks) * config.initialise.sequences * config.sequence_length
-        starting += answers if answers <= KEPT_BYTES else 0
+        # What enters or leaves four groups of linears in the teacher, and its stream behind the block.
+        vectors = 2 * hidden * min(tokens, config.initialise.sequences * config.sequence_length)
+        starting += 5 * vectors if 4 * vectors <= KEPT_BYTES else 0
     stages = {"blocks": RUNTIME + weights + streams + block + max(training, starting)}
     if config.distill.enabled:
         step = config.distill.batch_size * config.sequence_length

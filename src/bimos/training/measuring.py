@@ -184,12 +184,12 @@ class Measurement:
     def refit(self, name: str) -> None:
         """Give the student's linear the weight that answers best, held a little to the teacher's."""
         linear: Any = self._student.get_submodule(name)
-        gram, weight = self._sums.gram, linear.weight.float()
-        cross = self._sums.cross[name] if self._group.residual else self._sums.cross[self._group.names[0]] @ self._teacher(name).weight.float().T
+        gram, cross, weight = self._sums.gram, self._sums.cross, linear.weight.float()
+        answers = cross[name] if self._group.residual else cross[self._group.names[0]] @ self._teacher(name).weight.float().T
         ridge = RIDGE * gram.diagonal().mean()
         identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         with torch.no_grad():
-            linear.weight.copy_(torch.linalg.solve(gram + ridge * identity, cross + ridge * weight.T, left=True).T)
+            linear.weight.copy_(torch.linalg.solve(gram + ridge * identity, answers + ridge * weight.T, left=True).T)
 
     def statistics(self) -> InputStatistics:
         gram = self._sums.gram / self._sums.weight

@@ -87,9 +87,7 @@ def batches(count: int, size: int) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def advance(
-    block: nn.Module, call: BlockCall, stream: Tensor, size: int, out: Tensor | None = None, lanes: Lanes | None = None
-) -> Tensor:
+def advance(block: nn.Module, call: BlockCall, stream: Tensor, size: int, out: Tensor | None = None, lanes: Lanes | None = None) -> Tensor:
     """The stream `[n, T, d]` behind `block`, into `out` (which may be the stream itself); batches of `size` go side by side in `lanes`."""
     out = torch.empty_like(stream) if out is None else out
 
