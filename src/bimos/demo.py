@@ -126,7 +126,7 @@ def settings(train: str, minutes: float) -> dict[str, Any]:
         "data": train,
         "minutes": minutes,
         "sequence_length": 256,
-        "blocks": {"tokens": 16_384, "batch_size": 4},
+        "blocks": {"tokens": 32_768, "batch_size": 4},
         "distill": {"lr_latent": 5e-4, "lr_scale": 6e-4, "lr_router": 3e-5},
     }
 

@@ -48,16 +48,24 @@ class Answers:
 
     def __init__(self, teacher: nn.Module, groups: list[Group], call: BlockCall, stream: Tensor, size: int, lanes: Lanes) -> None:
         self.teacher, self._call, self._stream = teacher, call, stream
-        self._kept: dict[int, dict[str, Tensor]] = {}
+        self._kept: dict[str, Tensor] = {}
         self.behind: Tensor | None = None
-        linears: Any = [(group, teacher.get_submodule(name)) for group in groups for name in group.heard]
-        width = sum(linear.out_features if group.residual else linear.in_features for group, linear in linears)
-        if width * stream.shape[:-1].numel() * stream.element_size() > KEPT_BYTES:
+        widths = {}
+        for group in groups:
+            for name in group.heard:
+                linear: Any = teacher.get_submodule(name)
+                widths[name] = linear.out_features if group.residual else linear.in_features
+        if sum(widths.values()) * stream.shape[:-1].numel() * stream.element_size() > KEPT_BYTES:
             return
+        # Few large pieces, which go back to the system at once; many small ones would leave holes.
         behind = self.behind = torch.empty_like(stream)
+        self._kept = {name: stream.new_empty(*stream.shape[:-1], width) for name, width in widths.items()}
 
         def keep(rows: slice) -> None:
-            self._kept[rows.start], behind[rows] = taps.run(call, stream[rows])
+            found, behind[rows] = taps.run(call, stream[rows])
+            for name, value in found.items():
+                kept = self._kept[name][rows]
+                kept.copy_(value.view_as(kept))
 
         with Taps(teacher, groups, whole=True) as taps:
             lanes.map(keep, batches(len(stream), size))
@@ -68,7 +76,9 @@ class Answers:
 
     def of(self, rows: slice, taps: Taps) -> dict[str, Tensor]:
         """By the linear's name: all that are kept, or those that `taps` listens to."""
-        return self._kept[rows.start] if self._kept else taps.run(self._call, self._stream[rows])[0]
+        if not self._kept:
+            return taps.run(self._call, self._stream[rows])[0]
+        return {name: kept[rows] for name, kept in self._kept.items()}
 
 
 class Taps:
