@@ -183,3 +183,16 @@ def test_lanes_start_like_one(size: int) -> None:
 def test_second_moments(tokens: int, width: int) -> None:
     x, weight = torch.randn(tokens, width, dtype=torch.float64), torch.rand(tokens, 1, dtype=torch.float64)
     torch.testing.assert_close(measuring.second_moments((x * weight).T, x), (x * weight).T @ x)
+
+
+def test_samples_are_few_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, block, names, call, stream = setting(LLAMA)
+    monkeypatch.setattr(measuring, "MOST_SAMPLES", 20)
+    lanes = Lanes(1, stream.device)
+    group = execution_groups(block, names, call, stream[:4])[0]
+    measured = Measurement(Answers(block, [group], call, stream, 4, lanes), block, group, [], call)
+    measured.run(stream, 4, lanes)
+    statistics = measured.statistics()
+    assert statistics.importance is not None
+    assert 16 <= len(statistics.sample) <= 20 and len(statistics.importance) == len(statistics.sample)
+    torch.testing.assert_close(measured.statistics().sample, statistics.sample)

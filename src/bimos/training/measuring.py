@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any, Self
@@ -19,7 +20,8 @@ from bimos.methods.base import InputStatistics
 from bimos.training.streams import BlockCall, Stop, batches
 
 RIDGE = 0.2  # of the mean second moment: what holds a refit weight to the teacher's
-SAMPLES = 256  # input vectors kept of every batch
+SAMPLES = 256  # input vectors kept of every batch, at most
+MOST_SAMPLES = 8192  # and of all
 PANEL = 192  # rows of second moments made at once
 KEPT_BYTES = 512 * 2**20  # of the teacher's answers; where they are more, its block runs anew for every group
 
@@ -147,13 +149,14 @@ class Measurement:
         wanted = [*self._writers, group] if group.residual else [group] if refit else []
         theirs, mine = Taps(self._answers.teacher, wanted), Taps(self._student, self._writers, group.names[0])
         rows = list(batches(len(stream), size))
+        samples = max(1, min(SAMPLES, MOST_SAMPLES // len(rows)))
 
         def lane(rows: list[slice]) -> _Sums:
             sums = _Sums()
             for part in rows:
                 written, x = mine.run(self._call, stream[part])
                 answers = self._answers.of(part, theirs) if wanted else {}
-                self._add(sums, _tokens(x), written, answers, part, stream, refit)
+                self._add(sums, _tokens(x), written, answers, part, stream, refit, samples)
             return sums
 
         with theirs, mine:
@@ -161,7 +164,15 @@ class Measurement:
                 self._sums.add(part)
 
     def _add(
-        self, sums: _Sums, x: Tensor, written: dict[str, Tensor], answers: dict[str, Tensor], rows: slice, stream: Tensor, refit: bool
+        self,
+        sums: _Sums,
+        x: Tensor,
+        written: dict[str, Tensor],
+        answers: dict[str, Tensor],
+        rows: slice,
+        stream: Tensor,
+        refit: bool,
+        samples: int,
     ) -> None:
         group = self._group
         weight = torch.ones(len(x), 1, device=x.device)
@@ -177,7 +188,7 @@ class Measurement:
         elif refit:
             targets = {group.names[0]: _tokens(answers[group.names[0]])}
         weighted = (x * weight).T
-        every = max(1, len(x) // SAMPLES)
+        every = max(1, math.ceil(len(x) / samples))
         sums.add(
             _Sums(
                 second_moments(weighted, x),
@@ -202,8 +213,10 @@ class Measurement:
             linear.weight.copy_(torch.linalg.solve(gram + ridge * identity, answers + ridge * weight.T, left=True).T)
 
     def statistics(self) -> InputStatistics:
-        gram = self._sums.gram / self._sums.weight
-        return InputStatistics(gram.diagonal().clone(), torch.cat(self._sums.sample), gram, torch.cat(self._sums.importance))
+        sums = self._sums
+        sums.sample, sums.importance = [torch.cat(sums.sample)], [torch.cat(sums.importance)]  # the pieces are not needed beside it
+        gram = sums.gram / sums.weight
+        return InputStatistics(gram.diagonal().clone(), sums.sample[0], gram, sums.importance[0])
 
 
 def second_moments(weighted: Tensor, x: Tensor) -> Tensor:
