@@ -196,6 +196,7 @@ def test_starts_fit_the_time(tmp_path: Path, windows: Tensor, monkeypatch: pytes
     monkeypatch.setattr(blockwise, "initialise_block", start)
     monkeypatch.setattr(blockwise.time, "monotonic", lambda: now[0])
     report = reconstruct(tmp_path / "few", windows, config(epochs=1), seconds=49.0)
+    assert not any(entry["tokens"] for entry in report["blocks"][1:])
     assert seen == [8, 8, 4]  # 19 of the 49 seconds leave 15 each, enough for 6; the second block takes 19, too; 11 are left
     assert report["seconds"] == 49
     whole = load_file(tmp_path / "few" / "block-002.safetensors")
@@ -260,5 +261,13 @@ def test_rates_begin_with_the_training_not_with_the_start(tmp_path: Path, window
     monkeypatch.setattr(blockwise, "initialise_block", start)
     monkeypatch.setattr(blockwise, "set_rate", step)
     monkeypatch.setattr(blockwise.time, "monotonic", lambda: now[0])
-    reconstruct(tmp_path, windows, config(epochs=100), seconds=300.0)  # of each block's 100 seconds 10 are left
-    assert len(factors) == 30 and max(factors) > 0.9 and min(factors[5:10]) < 0.3
+    reconstruct(tmp_path, windows, config(epochs=100), seconds=390.0)  # of each block's 130 seconds 40 are left
+    assert len(factors) == 120 and max(factors) > 0.8 and factors[0] < 0.2 and factors[39] < 0.05
+
+
+def test_what_is_seen_is_enough_to_be_trained() -> None:
+    pace = blockwise._Pace(solving=4.0, reading=0.08, training=0.24)
+    for length, size in ((512, 3), (500, 2), (384, 4), (256, 6)):
+        run = RunConfig.from_dict({"sequence_length": length})
+        count = blockwise._sequences(1, 10, 120, size, 160.0, 40.0, pace, run)
+        assert count % size == 0 and blockwise.TRAINED <= count * length < blockwise.TRAINED + size * length

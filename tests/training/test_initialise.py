@@ -30,9 +30,11 @@ def setting(config: Any, dtype: torch.dtype = torch.float32) -> tuple[PreTrained
     """A model, its second block, that block's linears, how it is called, and what enters it."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             parameter.data = torch.randn_like(parameter) * parameter.shape[1] ** -0.5
+        elif name.endswith("bias"):
+            parameter.data = 0.5 * torch.randn_like(parameter)
     model = model.to(dtype)
     windows = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(1))
     _, calls = capture(model, windows[:4])
@@ -163,19 +165,26 @@ def test_answers_are_the_same_made_once_or_anew(config: Any, monkeypatch: pytest
         assert torch.equal(tensor, other.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("kept", [0, measuring.KEPT_BYTES])
 @pytest.mark.parametrize("size", [2, 4])
-def test_lanes_start_like_one(size: int) -> None:
-    _, block, names, call, stream = setting(LLAMA)
-    _, calls = capture(_, torch.zeros(size, 16, dtype=torch.long))
-    call = calls[1]
+def test_lanes_start_like_one(size: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, block, names, _, stream = setting(LLAMA)
+    _, calls = capture(model, torch.zeros(size, 16, dtype=torch.long))
+    monkeypatch.setattr(measuring, "KEPT_BYTES", kept)
+    answers = advance(block, calls[1], stream, size)
     students = []
+    torch.set_num_threads(4)
     for rows in (1, 4):
         student = copy.deepcopy(block)
         with Lanes(rows, stream.device) as lanes:
+            assert lanes.count == min(rows, 2)
             arguments = (size, method_config("sign"), InitialiseConfig(), torch.Generator().manual_seed(0), lanes)
-            _, behind = initialise_block(block, student, names, call, (stream, stream + 0.1), *arguments)
-        torch.testing.assert_close(behind, advance(block, call, stream, size))
-        students.append(advance(student, call, stream, size))
+            _, behind = initialise_block(block, student, names, calls[1], (stream, stream + 0.1), *arguments)
+        assert (behind is None) == (kept == 0)
+        if behind is not None:
+            torch.testing.assert_close(behind, answers)
+        students.append(advance(student, calls[1], stream, size))
+    torch.set_num_threads(1)
     torch.testing.assert_close(*students, rtol=1e-3, atol=1e-4)
 
 

@@ -37,7 +37,8 @@ from bimos.training.student import load_tensors, load_trained, replace_empty, sa
 
 LATE = 1.5  # times its share that a start may take before later blocks see fewer sequences
 TRAINED = 16384  # tokens without which a block is not trained, unless the config asks for fewer: steps on so few would fit them alone
-PASSES = 3  # through a block that a step of training takes, before one was timed
+PASSES = 3  # through a block that a step of training takes, before some were timed
+WARM_STEPS = 10  # until rates may be what they should: Adam's first steps know little, and the time may be over soon
 
 
 def block_file(directory: Path, index: int) -> Path:
@@ -62,7 +63,8 @@ def reconstruct_blocks(
         windows: calibration tokens `[n, T]`, n a multiple of `config.blocks.batch_size`.
         seconds: time for all blocks together, or None for the epochs that the config asks for. Where they are too few for a start on as
             many sequences as the config asks for and so many epochs on them, the blocks after the first see fewer, all of them about the
-            same number; where those would hold less than `TRAINED` tokens, the time goes to the start, and no block is trained.
+            same number: as many as fit with their epochs, or `TRAINED` tokens with what training there is time for, or, where not even
+            a start fits on those, as many as that can see, without training.
 
     Returns:
         The stage's report: tokens, seconds, tokens per second and block, peak memory, first and last error of every block.
@@ -112,9 +114,11 @@ def _each_block(
             if len(stream) < len(windows) and stream.shape[:-1].numel() < TRAINED:
                 left = 0.0
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
-            streams = stream, student_stream
-            solving, behind = initialise_block(block, trainable, local, call, streams, size, method, config.initialise, generator, lanes)
+            solving, behind = initialise_block(
+                block, trainable, local, call, (stream, student_stream), size, method, config.initialise, generator, lanes
+            )
             stream = advance(block, call, stream, size, stream, lanes) if behind is None else behind
+            del behind
             training = time.monotonic()
             entry = _reconstruct(trainable, index, lanes, lane_call, student_stream, stream, config, generator, left, start, progress)
             going_on = time.monotonic()
@@ -125,8 +129,9 @@ def _each_block(
             entry["next_sequences"] = float(len(stream))
             if seconds is not None and index + 1 < len(blocks):
                 window = (done - going_on) / len(stream)
-                pace = _Pace(solving, (done - start - training - solving) / len(stream), PASSES * window)
-                if entry["tokens"]:
+                measuring = (going_on - start - training - solving) / min(len(stream), config.initialise.sequences)
+                pace = _Pace(solving, measuring + window, PASSES * window)
+                if entry["tokens"] >= WARM_STEPS * size * windows.shape[1]:
                     pace = pace._replace(training=training * windows.shape[1] / entry["tokens"])
                 entry["next_sequences"] = float(
                     _sequences(index, len(blocks), len(stream), size, seconds, worked + entry["seconds"], pace, config)
@@ -186,10 +191,10 @@ def _sequences(index: int, blocks: int, count: int, size: int, seconds: float, w
         is_late = needed > each and worked + needed * (blocks - index - 1) > LATE * seconds
         return max(size, (count // 2) // size * size) if is_late else count
     trained = _affordable(each, pace.solving, pace.reading + config.blocks.epochs * pace.training, count, size)
-    few = TRAINED // config.sequence_length
+    few = math.ceil(TRAINED / config.sequence_length / size) * size
     affordable = trained
     if trained < min(count, few):  # not even so many: that many, trained for as long as there is time; or what a start alone can see
-        affordable = min(_affordable(each, pace.solving, pace.reading, count, size), max(trained, few - few % size))
+        affordable = min(_affordable(each, pace.solving, pace.reading, count, size), max(trained, few))
     return min(count, 2 * affordable) if index == 0 else affordable
 
 
@@ -236,7 +241,7 @@ def _reconstruct(
         block, {"latent": options.lr_latent, "scale": options.lr_scale, "router": options.lr_router}, (0.9, 0.95), 0.0
     )
     total = options.epochs * len(inputs) * length
-    left = None if seconds is None else max(1e-9, seconds - (time.monotonic() - start))
+    left = None if seconds is None else seconds - (time.monotonic() - start)
     budget = Budget(tokens=total if left is None else None, seconds=left)
     budget.start()
     losses: list[float] = []
@@ -248,10 +253,11 @@ def _reconstruct(
             output = call(block, inputs)
         return relative_error(output, targets)
 
-    while budget.progress() < 1 and budget.spent_tokens < total:
+    while (left is None or left > 0) and budget.progress() < 1 and budget.spent_tokens < total:
         order = torch.randperm(len(inputs), generator=generator)
         for rows in batches(len(inputs), size):
-            set_rate(optimizer, schedule("cosine", 0.05, max(budget.progress(), budget.spent_tokens / total)))
+            rate = schedule("cosine", 0.05, max(budget.progress(), budget.spent_tokens / total))
+            set_rate(optimizer, min(rate, (len(losses) + 1) / WARM_STEPS))
             with signs:
                 loss = lanes.backward(loss_of, {"inputs": inputs[order[rows]], "targets": targets[order[rows]]})
             optimizer.step()

@@ -78,6 +78,7 @@ def initialise_block(
             begin(group.names[0], seeds[0])
         if group.residual:
             writers.append(group)
+        del begin, measured, statistics  # not to be held beside those of the next group
     unseen = [name for name in names if not any(name in group.names for group in groups)]
     binarize(student, unseen, method, {}, generator)
     behind = answers.behind if len(stream) == len(streams[0]) else None
