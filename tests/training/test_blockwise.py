@@ -230,14 +230,14 @@ def test_starts_fit_the_time(tmp_path: Path, windows: Tensor, monkeypatch: pytes
     ],
 )
 def test_sequences_fit_the_time(index: int, seconds: float, worked: float, expected: int) -> None:
-    pace = blockwise._Pace(solving=4.0, reading=0.08, training=0.24)
+    pace = blockwise.Pace(solving=4.0, reading=0.08, training=0.24)
     run = RunConfig.from_dict({"sequence_length": 512})
     left = 8 + index + 1  # blocks, so that 8 are to come
-    assert blockwise._sequences(index, left, 128, 2, seconds, worked, pace, run) == expected
+    assert blockwise.sequences_ahead(index, left, 128, 2, seconds, worked, pace, run) == expected
 
 
 def test_what_is_cut_is_trained_if_it_is_enough(tmp_path: Path, windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blockwise, "_sequences", lambda *args: 4)
+    monkeypatch.setattr(blockwise, "sequences_ahead", lambda *args: 4)
     monkeypatch.setattr(blockwise, "TRAINED", 4 * 16)
     report = reconstruct(tmp_path / "enough", windows, config(epochs=1), seconds=60.0)
     assert [entry["tokens"] for entry in report["blocks"]] == [8 * 16, 4 * 16, 4 * 16]
@@ -266,8 +266,8 @@ def test_rates_begin_with_the_training_not_with_the_start(tmp_path: Path, window
 
 
 def test_what_is_seen_is_enough_to_be_trained() -> None:
-    pace = blockwise._Pace(solving=4.0, reading=0.08, training=0.24)
+    pace = blockwise.Pace(solving=4.0, reading=0.08, training=0.24)
     for length, size in ((512, 3), (500, 2), (384, 4), (256, 6)):
         run = RunConfig.from_dict({"sequence_length": length})
-        count = blockwise._sequences(1, 10, 120, size, 160.0, 40.0, pace, run)
+        count = blockwise.sequences_ahead(1, 10, 120, size, 160.0, 40.0, pace, run)
         assert count % size == 0 and blockwise.TRAINED <= count * length < blockwise.TRAINED + size * length

@@ -13,7 +13,7 @@ import copy
 import math
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,13 +31,11 @@ from bimos.training.initialise import initialise_block
 from bimos.training.losses import relative_error
 from bimos.training.memory import peak_bytes, reset_peak
 from bimos.training.optimizer import build_optimizer, set_rate, signed_latents
+from bimos.training.pacing import PASSES, TRAINED, Pace, sequences_ahead
 from bimos.training.progress import Progress
 from bimos.training.streams import BlockCall, advance, batches, capture, embed
 from bimos.training.student import load_tensors, load_trained, replace_empty, save_tensors, trainable_layers
 
-LATE = 1.5  # times its share that a start may take before later blocks see fewer sequences
-TRAINED = 16384  # tokens without which a block is not trained, unless the config asks for fewer: steps on so few would fit them alone
-PASSES = 3  # through a block that a step of training takes, before some were timed
 WARM_STEPS = 10  # until rates may be what they should: Adam's first steps know little, and the time may be over soon
 
 
@@ -130,11 +128,11 @@ def _each_block(
             if seconds is not None and index + 1 < len(blocks):
                 window = (done - going_on) / len(stream)
                 measuring = (going_on - start - training - solving) / min(len(stream), config.initialise.sequences)
-                pace = _Pace(solving, measuring + window, PASSES * window)
+                pace = Pace(solving, measuring + window, PASSES * window)
                 if entry["tokens"] >= WARM_STEPS * size * windows.shape[1]:
                     pace = pace._replace(training=training * windows.shape[1] / entry["tokens"])
                 entry["next_sequences"] = float(
-                    _sequences(index, len(blocks), len(stream), size, seconds, worked + entry["seconds"], pace, config)
+                    sequences_ahead(index, len(blocks), len(stream), size, seconds, worked + entry["seconds"], pace, config)
                 )
             own = {name: tensor for name, tensor in trainable.state_dict().items() if _is_own(trainable, name)}
             save_tensors(own, path, {key: repr(value) for key, value in entry.items()})
@@ -165,43 +163,6 @@ def _finished(path: Path) -> tuple[dict[str, Tensor], dict[str, float]] | None:
         return tensors, {key: float(metadata[key]) for key in ("loss_first", "loss_last", "seconds", "tokens", "next_sequences")}
     except (SafetensorError, KeyError, ValueError):
         return None  # damaged: the block is done again
-
-
-class _Pace(NamedTuple):
-    """Seconds that a block takes: whatever it sees; more for a sequence in the start; more for a sequence in an epoch of training."""
-
-    solving: float
-    reading: float
-    training: float
-
-
-def _sequences(index: int, blocks: int, count: int, size: int, seconds: float, worked: float, pace: _Pace, config: RunConfig) -> int:
-    """How many of `count` sequences the blocks behind block `index` shall see, in whole batches of `size`.
-
-    What is cut away does not come back, and what a start sees decides more than some steps of distillation. So the second block decides,
-    for the first one also warms up. Later ones may take half as long again, for a machine is fast and slow by turns.
-
-    Args:
-        seconds: for all blocks.
-        worked: seconds until now.
-    """
-    each = (seconds - worked) / (blocks - index - 1)
-    needed = pace.solving + pace.reading * count
-    if index > 1:
-        is_late = needed > each and worked + needed * (blocks - index - 1) > LATE * seconds
-        return max(size, (count // 2) // size * size) if is_late else count
-    trained = _affordable(each, pace.solving, pace.reading + config.blocks.epochs * pace.training, count, size)
-    few = math.ceil(TRAINED / config.sequence_length / size) * size
-    affordable = trained
-    if trained < min(count, few):  # not even so many: that many, trained for as long as there is time; or what a start alone can see
-        affordable = min(_affordable(each, pace.solving, pace.reading, count, size), max(trained, few))
-    return min(count, 2 * affordable) if index == 0 else affordable
-
-
-def _affordable(seconds: float, solving: float, each: float, count: int, size: int) -> int:
-    """How many sequences, `each` of so many seconds, fit into `seconds` beside `solving`: whole batches, from one to `count`."""
-    affordable = int((seconds - solving) / max(1e-9, each))
-    return max(size, min(count, affordable - affordable % size))
 
 
 def _is_own(block: nn.Module, name: str) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bimos.config import InitialiseConfig, decided
 from bimos.lanes import Lanes
-from bimos.methods.base import InputStatistics, MethodConfig
+from bimos.methods.base import MethodConfig
 from bimos.training.measuring import Answers, Group, Measurement
 from bimos.training.streams import BlockCall
 from bimos.training.student import binarize
@@ -64,25 +64,34 @@ def initialise_block(
         before = time.monotonic()
         measured.run(student_stream, size, lanes, refit)
         reading += time.monotonic() - before
-        statistics = measured.statistics()
-
-        def begin(name: str, seed: int, measured: Measurement = measured, statistics: InputStatistics = statistics) -> None:
-            if refit:
-                measured.refit(name)
-            binarize(student, [name], method, {name: statistics}, torch.Generator().manual_seed(seed))
-
-        seeds = torch.randint(2**62, (len(group.names),), generator=generator).tolist()
-        if len(group.names) > 1:
-            lanes.map(lambda item, begin=begin: begin(*item), zip(group.names, seeds, strict=True))  # type: ignore[misc]
-        else:
-            begin(group.names[0], seeds[0])
+        _begin(measured, student, group, method, refit, generator, lanes)
         if group.residual:
             writers.append(group)
-        del begin, measured, statistics  # not to be held beside those of the next group
+        del measured  # not to be held beside the next group's
     unseen = [name for name in names if not any(name in group.names for group in groups)]
     binarize(student, unseen, method, {}, generator)
     behind = answers.behind if len(stream) == len(streams[0]) else None
     return time.monotonic() - start - reading, behind
+
+
+def _begin(
+    measured: Measurement, student: nn.Module, group: Group, method: MethodConfig, refit: bool, generator: torch.Generator, lanes: Lanes
+) -> None:
+    """Refit and binarize the linears of a group, those that share an input side by side."""
+    statistics = measured.statistics()
+
+    def begin(item: tuple[str, int]) -> None:
+        name, seed = item
+        if refit:
+            measured.refit(name)
+        binarize(student, [name], method, {name: statistics}, torch.Generator().manual_seed(seed))
+
+    seeds = torch.randint(2**62, (len(group.names),), generator=generator).tolist()
+    items = list(zip(group.names, seeds, strict=True))
+    if len(items) > 1:
+        lanes.map(begin, items)
+    else:
+        begin(items[0])  # alone it has all cores
 
 
 def execution_groups(block: nn.Module, names: list[str], call: BlockCall, hidden: Tensor) -> list[Group]:

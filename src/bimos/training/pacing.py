@@ -1,0 +1,49 @@
+"""How many sequences the blocks still to come can see in the time that stages 1 and 2 have left."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from bimos.config import RunConfig
+
+LATE = 1.5  # times its share that a start may take before later blocks see fewer sequences
+TRAINED = 16384  # tokens without which a block is not trained, unless the config asks for fewer: steps on so few would fit them alone
+PASSES = 3  # through a block that a step of training takes, before some were timed
+
+
+class Pace(NamedTuple):
+    """Seconds that a block takes: whatever it sees; more for a sequence in the start; more for a sequence in an epoch of training."""
+
+    solving: float
+    reading: float
+    training: float
+
+
+def sequences_ahead(index: int, blocks: int, count: int, size: int, seconds: float, worked: float, pace: Pace, config: RunConfig) -> int:
+    """How many of `count` sequences the blocks behind block `index` shall see, in whole batches of `size`.
+
+    What is cut away does not come back, and what a start sees decides more than some steps of distillation. So the second block decides,
+    for the first one also warms up. Later ones may take half as long again, for a machine is fast and slow by turns.
+
+    Args:
+        seconds: for all blocks.
+        worked: seconds until now.
+    """
+    each = (seconds - worked) / (blocks - index - 1)
+    needed = pace.solving + pace.reading * count
+    if index > 1:
+        is_late = needed > each and worked + needed * (blocks - index - 1) > LATE * seconds
+        return max(size, (count // 2) // size * size) if is_late else count
+    trained = affordable_sequences(each, pace.solving, pace.reading + config.blocks.epochs * pace.training, count, size)
+    few = math.ceil(TRAINED / config.sequence_length / size) * size
+    affordable = trained
+    if trained < min(count, few):  # not even so many: that many, trained for as long as there is time; or what a start alone can see
+        affordable = min(affordable_sequences(each, pace.solving, pace.reading, count, size), max(trained, few))
+    return min(count, 2 * affordable) if index == 0 else affordable
+
+
+def affordable_sequences(seconds: float, solving: float, each: float, count: int, size: int) -> int:
+    """How many sequences, `each` of so many seconds, fit into `seconds` beside `solving`: whole batches, from one to `count`."""
+    affordable = int((seconds - solving) / max(1e-9, each))
+    return max(size, min(count, affordable - affordable % size))
