@@ -39,7 +39,7 @@ QUICK: dict[str, Any] = {
     "tokens": 32 * 4 * 24,
     "sequence_length": 32,
     "initialise": {"sequences": 8, "refit": False},
-    "blocks": {"tokens": 512, "epochs": 2, "batch_size": 4, "lr_latent": 0.01},
+    "blocks": {"tokens": 512, "epochs": 4, "batch_size": 4, "lr_latent": 0.01},
     "distill": {"batch_size": 4, "lr_latent": 5e-3, "lr_scale": 3e-3},
 }
 METHOD = BinaryMoSConfig(num_experts=2, compensation=0)  # a start that leaves something to train
