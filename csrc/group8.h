@@ -7,6 +7,13 @@
 //
 // A tile is 48 rows: for every group 48 int32, -128 times the sum of each row's weights, then for every four inputs the rows' weights, four
 // bytes a row. The sums take off what the values' bytes, q + 128, have too much. Rows and inputs that only fill up a tile are zeros.
+//
+// And products of two matrices of bfloat16 over their tokens, for gradients of weights (bimos/methods/ste.py):
+//
+//   y[o, i] = sum_g left[g, o] right[g, i] sum_{t in g} p[t, o] q[t, i]
+//
+// where groups are 64 tokens, and both sides are rounded as values are, a step for every column of a group. The right side makes tiles of
+// 48 columns, each group with its 48 steps behind it; the left one blocks of 16 columns.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +36,9 @@ struct Weights {
   int64_t in, out;
 };
 
+constexpr int64_t kColumns = 16;                              // of a block
+constexpr int64_t kSteppedBytes = kGroupBytes + kRows * 4;    // of a group in a tile of columns
+
 // Tokens as `prepare` leaves them: bytes [tokens, 64 groups] and steps [tokens, groups].
 struct Values {
   uint8_t* bytes;
@@ -36,11 +46,28 @@ struct Values {
   int64_t tokens;
 };
 
+// A matrix [tokens, width] of bfloat16.
+struct Matrix {
+  const uint16_t* values;
+  int64_t tokens, width;
+};
+
+// Sixteen columns as `block` leaves them: for every group and every four tokens four bytes a column, and steps [groups, 16].
+struct Block {
+  uint8_t* bytes;
+  float* steps;
+};
+
 struct Functions {
   // Tokens [first, last) of x [tokens, in].
   void (*prepare)(const uint16_t* x, int64_t in, int64_t first, int64_t last, const Values& values);
   // Rows of one tile of y [tokens, out], for tokens [first, last).
   void (*product)(const Weights& weights, int64_t tile, const Values& values, int64_t first, int64_t last, uint16_t* y);
+  // Columns from `first` on, as many as there are or fit: of the left side, of the right side.
+  void (*block)(const Matrix& left, int64_t first, const Block& block);
+  void (*tile)(const Matrix& right, int64_t first, uint8_t* tile);
+  // `rows` <= 16 rows of y, `count` <= 48 values of each, `stride` apart.
+  void (*outer)(const uint8_t* tile, int64_t groups, const Block& block, int64_t rows, int64_t count, uint16_t* y, int64_t stride);
 };
 
 // For a level of level.h by its name.

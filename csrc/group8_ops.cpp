@@ -7,6 +7,7 @@
 #include "group8.h"
 #include "room.h"
 #include "tensors.h"
+#include "tiles.h"
 
 namespace bimos {
 namespace {
@@ -71,10 +72,47 @@ Tensor linear(const Tensor& x, const Tensor& tiles, const Tensor& scale, const O
   return y;
 }
 
+// y [out, in] = left^T right of [tokens, out] and [tokens, in], all bfloat16; see group8.h.
+Tensor outer(const Tensor& left, const Tensor& right) {
+  STD_TORCH_CHECK(dtype_of(left) == Dtype::bfloat16 && dtype_of(right) == Dtype::bfloat16 && left.dim() == 2 && right.dim() == 2 && left.size(0) == right.size(0),
+                  "group8_outer takes bfloat16 [tokens, out] and [tokens, in]");
+  const Tensor lefts = compact(left), rights = compact(right);
+  const int64_t tokens = left.size(0), out = left.size(1), in = right.size(1), groups = group8::groups_of(tokens);
+  Tensor y = torch::stable::new_empty(left, std::array<int64_t, 2>{out, in});
+  auto* to = static_cast<uint16_t*>(y.mutable_data_ptr());
+  const group8::Matrix of_left{static_cast<const uint16_t*>(lefts.const_data_ptr()), tokens, out};
+  const group8::Matrix of_right{static_cast<const uint16_t*>(rights.const_data_ptr()), tokens, in};
+  constexpr int64_t kColumns = group8::kColumns, kRows = group8::kRows;
+  const int64_t blocks = ceil_div(out, kColumns), tiles = ceil_div(in, kRows), tile_bytes = groups * group8::kSteppedBytes;
+  const int64_t block_words = groups * group8::kGroup / 4 * kColumns, steps = groups * kColumns;
+  Room room(blocks * (block_words + steps) + tiles * tile_bytes / 4);
+  auto *bytes = reinterpret_cast<uint8_t*>(room.words(blocks * block_words)), *packed = reinterpret_cast<uint8_t*>(room.words(tiles * tile_bytes / 4));
+  float* stepped = room.floats(blocks * steps);
+  const group8::Functions functions = group8::functions_for(level().name);
+  const auto block_of = [&](int64_t i) { return group8::Block{bytes + i * block_words * 4, stepped + i * steps}; };
+  torch::stable::parallel_for(0, blocks + tiles, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (i < blocks) {
+        functions.block(of_left, i * kColumns, block_of(i));
+      } else {
+        functions.tile(of_right, (i - blocks) * kRows, packed + (i - blocks) * tile_bytes);
+      }
+    }
+  });
+  torch::stable::parallel_for(0, tiles * blocks, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i % blocks * kColumns, column = i / blocks * kRows;
+      functions.outer(packed + i / blocks * tile_bytes, groups, block_of(i % blocks), std::min(kColumns, out - row), std::min(kRows, in - column), to + row * in + column, in);
+    }
+  });
+  return y;
+}
+
 }  // namespace
 }  // namespace bimos
 
 STABLE_TORCH_LIBRARY_IMPL(bimos, CPU, library) {
   library.impl("group8_pack", TORCH_BOX(&bimos::pack));
   library.impl("group8_linear", TORCH_BOX(&bimos::linear));
+  library.impl("group8_outer", TORCH_BOX(&bimos::outer));
 }

@@ -28,6 +28,27 @@ Floats random_floats(int64_t count, unsigned seed, float scale = 1) {
   return values;
 }
 
+using Bits = std::vector<uint16_t>;  // bfloat16: the upper halves
+
+Bits upper_halves(const Floats& values) {
+  Bits halves(values.size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, &values[i], 4);
+    halves[i] = static_cast<uint16_t>(bits >> 16);
+  }
+  return halves;
+}
+
+Floats floats_of(const Bits& halves) {
+  Floats values(halves.size());
+  for (size_t i = 0; i < halves.size(); ++i) {
+    const uint32_t bits = static_cast<uint32_t>(halves[i]) << 16;
+    std::memcpy(&values[i], &bits, 4);
+  }
+  return values;
+}
+
 // What a kernel writes, one after the other, for a level by its name.
 using Results = std::function<Floats(const char*)>;
 
@@ -125,12 +146,8 @@ Results bytes(int64_t in, int64_t out, int64_t tokens) {
   return [=](const char* level) {
     namespace group8 = bimos::group8;
     const Floats weight = random_floats(out * in, 1), wide = random_floats(tokens * in, 2), bias = random_floats(out, 3);
-    std::vector<uint16_t> x(wide.size()), y(static_cast<size_t>(tokens * out));  // bfloat16: the upper halves
-    for (size_t i = 0; i < x.size(); ++i) {
-      uint32_t bits = 0;
-      std::memcpy(&bits, &wide[i], 4);
-      x[i] = static_cast<uint16_t>(bits >> 16);
-    }
+    const Bits x = upper_halves(wide);
+    Bits y(static_cast<size_t>(tokens * out));
     const auto words = static_cast<size_t>(tokens * group8::groups_of(in) * group8::kGroup / 4 + 16);
     std::vector<uint32_t> tiles(static_cast<size_t>(group8::tiles_of(out) * group8::tile_bytes(in) / 4)), held(words);
     Floats scale(static_cast<size_t>(out)), steps(static_cast<size_t>(tokens * group8::groups_of(in)));
@@ -143,12 +160,29 @@ Results bytes(int64_t in, int64_t out, int64_t tokens) {
     const group8::Functions functions = group8::functions_for(level);
     functions.prepare(x.data(), in, 0, tokens, values);
     for (int64_t tile = 0; tile < group8::tiles_of(out); ++tile) functions.product(weights, tile, values, 0, tokens, y.data());
-    Floats result(y.size());
-    for (size_t i = 0; i < y.size(); ++i) {
-      const uint32_t bits = static_cast<uint32_t>(y[i]) << 16;
-      std::memcpy(&result[i], &bits, 4);
+    return floats_of(y);
+  };
+}
+
+Results products_over_tokens(int64_t tokens, int64_t out, int64_t in) {
+  return [=](const char* level) {
+    namespace group8 = bimos::group8;
+    const Bits left = upper_halves(random_floats(tokens * out, 1)), right = upper_halves(random_floats(tokens * in, 2));
+    Bits y(static_cast<size_t>(out * in));
+    const int64_t groups = group8::groups_of(tokens);
+    std::vector<uint32_t> held(static_cast<size_t>(groups * group8::kGroup / 4 * group8::kColumns)), tile(static_cast<size_t>(groups * group8::kSteppedBytes / 4));
+    Floats steps(static_cast<size_t>(groups * group8::kColumns));
+    const group8::Block block{reinterpret_cast<uint8_t*>(held.data()), steps.data()};
+    auto* bytes = reinterpret_cast<uint8_t*>(tile.data());
+    const group8::Functions functions = group8::functions_for(level);
+    for (int64_t row = 0; row < out; row += group8::kColumns) {
+      functions.block({left.data(), tokens, out}, row, block);
+      for (int64_t column = 0; column < in; column += group8::kRows) {
+        functions.tile({right.data(), tokens, in}, column, bytes);
+        functions.outer(bytes, groups, block, std::min(group8::kColumns, out - row), std::min(group8::kRows, in - column), y.data() + row * in + column, in);
+      }
     }
-    return result;
+    return floats_of(y);
   };
 }
 
@@ -180,6 +214,7 @@ double training_difference(const char* level) {
   }
   for (const int64_t tokens : {1, 65, 130}) see(attention(tokens, 64));
   for (const int64_t in : {1, 64, 100}) see(bytes(in, 50, 7));
+  for (const int64_t tokens : {1, 64, 130}) see(products_over_tokens(tokens, 19, 50));
   see(signs(16, 40));
   return worst;
 }

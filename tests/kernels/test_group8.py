@@ -108,11 +108,57 @@ def test_next_to_nothing_is_nothing(level: str) -> None:
     assert not y[:, 2].any() and y[:, [0, 1, 3, 4]].all()
 
 
+@pytest.mark.parametrize("outlier", [1, 50])
+@pytest.mark.parametrize(("tokens", "out", "n"), [(1, 1, 1), (3, 16, 48), (64, 17, 49), (65, 15, 47), (130, 200, 70), (512, 96, 130)])
+def test_products_over_tokens(level: str, tokens: int, out: int, n: int, outlier: int) -> None:
+    torch.manual_seed(n)
+    left, right = torch.randn(tokens, out).bfloat16(), torch.randn(tokens, n).bfloat16()
+    left[tokens // 2] *= outlier  # of one group, not of the others
+    y = torch.ops.bimos.group8_outer(left, right)
+    assert y.shape == (out, n) and y.dtype == torch.bfloat16
+    a, b = rounded(left.T), rounded(right.T)
+    expected, size = a @ b.T, a.abs() @ b.abs().T
+    assert ((y.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-6 * size).all()
+    exact = left.double().T @ right.double()
+    assert (y.double() - exact).norm() <= (1.5e-2 if outlier == 1 else 6e-2) * exact.norm()
+    wide = torch.stack([left, left], 2)[..., 0]  # not contiguous
+    assert torch.equal(torch.ops.bimos.group8_outer(wide, right), y)
+
+
+def test_products_over_no_tokens_are_zeros(level: str) -> None:
+    y = torch.ops.bimos.group8_outer(torch.zeros(0, 5).bfloat16(), torch.zeros(0, 70).bfloat16())
+    assert y.shape == (5, 70) and not y.any()
+
+
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf, -torch.inf])
+def test_columns_that_are_not_finite_stay_by_themselves(level: str, strange: float) -> None:
+    left, right = torch.randn(130, 20).bfloat16(), torch.randn(130, 70).bfloat16()
+    left[129, 4] = right[3, 7] = strange
+    left[:, 9] = 1e-39
+    y = torch.ops.bimos.group8_outer(left, right)
+    expected = torch.zeros(20, 70, dtype=torch.bool)
+    expected[4] = expected[:, 7] = True
+    assert torch.equal(y.isnan(), expected) and y[~expected].isfinite().all()
+    assert not y[9, ~expected[9]].any()
+
+
+def test_products_over_tokens_in_several_threads(level: str) -> None:
+    left, right = torch.randn(300, 200).bfloat16(), torch.randn(300, 400).bfloat16()
+    threads = torch.get_num_threads()
+    y = torch.ops.bimos.group8_outer(left, right)
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(torch.ops.bimos.group8_outer(left, right), y)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_opcheck() -> None:
     x, weight, bias = torch.randn(2, 3, 100).bfloat16(), torch.randn(70, 100).bfloat16(), torch.randn(70)
     torch.library.opcheck(torch.ops.bimos.group8_pack.default, (weight,))
     torch.library.opcheck(torch.ops.bimos.group8_linear.default, (x, *torch.ops.bimos.group8_pack(weight), None))
     torch.library.opcheck(torch.ops.bimos.group8_linear.default, (x, *torch.ops.bimos.group8_pack(weight), bias))
+    torch.library.opcheck(torch.ops.bimos.group8_outer.default, (x[0], torch.randn(3, 20).bfloat16()))
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -127,5 +173,8 @@ def test_what_does_not_fit_is_refused() -> None:
     }.items():
         with pytest.raises(RuntimeError, match=words):
             torch.ops.bimos.group8_linear(*arguments)
+    for other in (torch.randn(3, 5).bfloat16(), torch.randn(2, 5), torch.randn(2).bfloat16()):
+        with pytest.raises(RuntimeError, match=r"takes bfloat16 \[tokens, out\]"):
+            torch.ops.bimos.group8_outer(x, other)
     with pytest.raises(RuntimeError, match=r"must be \[out, in\]"):
         torch.ops.bimos.group8_pack(torch.randn(70))

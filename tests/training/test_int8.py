@@ -116,19 +116,34 @@ def test_what_is_left_alone(dense: Callable[..., PreTrainedModel]) -> None:
 
 
 @pytest.mark.usefixtures("where_it_pays")
-def test_gradients_and_other_dtypes_go_the_old_way(dense: Callable[..., PreTrainedModel]) -> None:
+def test_gradients_of_inputs_and_other_dtypes(dense: Callable[..., PreTrainedModel]) -> None:
     teacher = teacher_of(dense)
     linear = teacher.model.layers[0].mlp.down_proj
     x = torch.randn(3, linear.in_features).bfloat16().requires_grad_()
+    grad = torch.randn(3, linear.out_features).bfloat16()
     expected = linear(x)
+    (wanted,) = torch.autograd.grad(expected, x, grad)
     with int8_products(teacher):
         y = linear(x)
-        assert not torch.equal(linear(x.detach()), expected)
+        (of_x,) = torch.autograd.grad(y, x, grad)
+        assert torch.equal(y, linear(x.detach())) and not linear(x.detach()).requires_grad
         with pytest.raises(RuntimeError):
             linear(x.detach().float())
         with pytest.raises(RuntimeError):
             linear(x.detach()[:, :-1])
-    assert torch.equal(y, expected) and y.requires_grad
+    assert 0 < (y - expected).norm() < 4e-2 * expected.norm()
+    assert torch.equal(of_x, wanted)
+
+
+@pytest.mark.usefixtures("where_it_pays")
+def test_a_shared_head_has_its_tiles_once(dense: Callable[..., PreTrainedModel]) -> None:
+    teacher = teacher_of(dense)
+    head = nn.Linear(1, 1, bias=False)
+    head.weight = teacher.get_output_embeddings().weight
+    head.in_features, head.out_features = head.weight.shape[1], head.weight.shape[0]
+    with int8_products(teacher, head):
+        assert vars(head)["tiles"][0] is vars(teacher.get_output_embeddings())["tiles"][0]
+    assert type(head) is nn.Linear and "tiles" not in vars(head)
 
 
 @pytest.mark.usefixtures("where_it_pays")

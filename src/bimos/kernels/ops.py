@@ -75,11 +75,13 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-# What a frozen teacher is multiplied by in training (csrc/group8.h): bfloat16 values rounded by groups of 64 inputs, weights of 8 bits.
+# Products of bytes in training (csrc/group8.h): bfloat16 values rounded by groups of 64 inputs with a frozen teacher's weights of 8 bits;
+# and two matrices [tokens, out], [tokens, in] over tokens, both rounded by columns of 64 tokens, for gradients of weights.
 torch.library.define("bimos::group8_pack", "(Tensor weight) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
 torch.library.define(
     "bimos::group8_linear", "(Tensor x, Tensor tiles, Tensor scale, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
 )
+torch.library.define("bimos::group8_outer", "(Tensor left, Tensor right) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @torch.library.register_fake("bimos::group8_pack")
@@ -93,6 +95,13 @@ def _(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _(x: Tensor, tiles: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     torch._check(x.dtype == torch.bfloat16, lambda: f"x must be bfloat16, got {x.dtype}")
     return x.new_empty(*x.shape[:-1], scale.shape[0])
+
+
+@torch.library.register_fake("bimos::group8_outer")
+def _(left: Tensor, right: Tensor) -> Tensor:
+    torch._check(left.dtype == right.dtype == torch.bfloat16, lambda: f"group8_outer takes bfloat16, got {left.dtype} and {right.dtype}")
+    torch._check(left.shape[0] == right.shape[0], lambda: f"{left.shape[0]} and {right.shape[0]} tokens")
+    return left.new_empty(left.shape[1], right.shape[1])
 
 
 torch.library.impl("bimos::packed_linear", "CompositeExplicitAutograd")(

@@ -115,7 +115,8 @@ def sign_linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x [..., in] sign(weight)^T`, straight through, in the dtype of autocast or `x`.
 
     With shared signs in bfloat16, by the tables of packed linears where those are the faster way (`tables_pay`), forward and for the
-    gradient of `x`; sums of four inputs are rounded to 8 bits then. The gradient of the signs is torch's own product.
+    gradient of `x`; sums of four inputs are rounded to 8 bits then. The gradient of the signs is a product of bytes, both sides rounded
+    to 8 bits by columns of 64 tokens (`csrc/group8.h`).
     """
     shared = getattr(weight, "shared_signs", None)
     if shared is None or shared.tiles is None or not x.dtype == compute_dtype(x) == torch.bfloat16:
@@ -150,7 +151,7 @@ class _TableProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         of_x = torch.ops.bimos.packed_linear(grad, ctx.bits, None, None, None, None, None, ctx.tiled, True)
-        of_signs = grad.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        of_signs = torch.ops.bimos.group8_outer(grad.flatten(0, -2), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
         return of_x, of_signs, None, None, None, None
 
 

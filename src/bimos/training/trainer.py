@@ -299,7 +299,8 @@ def distill(
     progress.begin("distillation", 1)
     if budget.progress() < 1:
         models = [model for model in (student, teacher) if model is not None]
-        in_int8 = int8_products(teacher) if teacher is not None and config.int8_teacher else nullcontext()
+        frozen = [module for module in (teacher, student.get_output_embeddings()) if module is not None]  # type: ignore[operator]
+        in_int8 = int8_products(*frozen) if config.int8_teacher else nullcontext()
         together = experts_together(student, config.expert_share)
         with lanes, together, fused(*models), in_int8:  # in this order: `fused` asks modules what they answer
             trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
