@@ -225,8 +225,8 @@ def _train(
     stream = TokenStream(config.data, tokenizer, length, config.seed, work / "tokens", teacher=teacher)
     check_same_text(stream, work / "text.json")
     calibration = _whole_batches(config.blocks.tokens // length, config.blocks.batch_size)
-    if not config.blocks.enabled:
-        calibration = _whole_batches(config.initialise.sequences, config.blocks.batch_size)
+    if not config.blocks.enabled:  # a start from weights alone needs text for no more than to say how far off its blocks are
+        calibration = _whole_batches(config.initialise.sequences if config.initialise.activation_aware else 1, config.blocks.batch_size)
     with Progress(console) as progress:
         progress.begin("reading text", 1)
         stream.prepare(calibration, lambda done, total: progress.set(done / max(total, 1)))
