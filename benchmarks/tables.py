@@ -3,7 +3,7 @@
 python benchmarks/tables.py            rewrite the part between the markers, and docs/results.md whole
 python benchmarks/tables.py --check    exit with 1 if they are not what the JSON says
 
-A folder `compare-NAME` is what `bimos compare -o` has written, its folder `work` left out; of `quality-NAME` each JSON is a row.
+A folder `compare-NAME` is what `bimos compare -o` has written, its folder `work` left out.
 """
 
 from __future__ import annotations
@@ -20,15 +20,6 @@ from bimos.comparison import paired, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-TEXTS = {"wikitext2": "WikiText-2", "c4": "C4 (train sample b)"}
-ROWS = {  # of quality-*, as `bimos compare --methods` has them
-    "default": "binarymos",
-    "onebit": "onebit",
-    "sign-trained": "sign",
-    "sign": "sign:untrained:initialise.activation_aware=false",
-    "paper": "configs/binarymos-paper.yaml:distill.batch_size=2:distill.accumulate=2",
-    "onebit-paper": "configs/onebit-paper.yaml:distill.batch_size=2:distill.accumulate=2",
-}
 DOCUMENT = ROOT / "docs" / "results.md"
 MARKED = re.compile(r"(<!-- results:start -->\n).*?(<!-- results:end -->)", re.DOTALL)
 
@@ -48,32 +39,6 @@ def sizes() -> str:
         total, original = (f"{row[key] / divisor:.4g} {unit}" for key in ("total_bytes", "original_bytes"))
         bits = f"{row['body_bits_per_weight']:.3f} | {row['bits_per_parameter']:.2f}"
         lines.append(f"| {name} | {row['embedding_bits']} bits | {total} | {original} | {row['compression']:.2f}x | {bits} |")
-    return "\n".join(lines)
-
-
-def quality(folder: Path) -> str:
-    """One comparison: all rows have the same budget, text, seed and windows."""
-    results = [(path.stem, json.loads(path.read_text())) for path in sorted(folder.glob("*.json")) if path.stem != "teacher"]
-    if not results:
-        return ""
-    results.sort(key=lambda row: row[1]["perplexity"]["wikitext2"]["value"])
-    texts = [(key, title) for key, title in TEXTS.items() if all(key in result["perplexity"] for _, result in results)]
-    first = results[0][1]
-    windows = ", ".join(f"{first['perplexity'][key]['windows']} of {title}" for key, title in texts)
-    lines = [
-        f"SmolLM2-135M-Instruct, all 210 body linears binarized, a budget of {first['config']['minutes']:.0f} minutes of work on "
-        f"{first['machine']['cores']} cores of {first['machine']['cpu']}; perplexity on windows of 2048 "
-        f"tokens ({windows}), in brackets times the teacher's. Text: `{first['config']['data']}`. "
-        f"`bimos compare` runs them anew: `--methods {','.join(ROWS.get(name, name) for name, _ in results)}`.",
-        "",
-        f"| recipe | minutes | tokens distilled | bits per body weight | {' | '.join(title for _, title in texts)} |",
-        "| --- " * (4 + len(texts)) + "|",
-    ]
-    for name, result in results:
-        minutes = sum(stage["seconds"] for stage in result["stages"]) / 60
-        tokens = sum(stage["tokens"] for stage in result["stages"] if stage["name"] == "distill")
-        cells = [f"{p['value']:,.1f} ({p['value'] / p['teacher']:,.1f}x)" for p in (result["perplexity"][key] for key, _ in texts)]
-        lines.append(f"| {name} | {minutes:.0f} | {tokens / 1000:.0f} k | {result['body_bits_per_weight']:.3f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -183,7 +148,7 @@ def main() -> None:
     compared = [comparison(folder, values, ROOT) for folder, values in comparisons()]
     if compared:
         compared.append(f"All rows, with zero-shot tasks where measured: [docs/results.md]({DOCUMENT.relative_to(ROOT).as_posix()}).")
-    parts = [*compared, *(quality(folder) for folder in sorted(RESULTS.glob("quality-*"), reverse=True)), sizes(), kernels(), peers()]
+    parts = [*compared, sizes(), kernels(), peers()]
     tables = "\n\n".join(part for part in parts if part)
     filled = MARKED.sub(lambda match: f"{match[1]}\n{tables}\n\n{match[2]}", text)
     wanted = {readme: filled, DOCUMENT: document()}

@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import py3langid
 import torch
 import transformers
 
 from bimos.engine import Engine
 from bimos.evaluation.texts import read_documents
-from bimos.evaluation.versions import provenance, write_json
+from bimos.evaluation.versions import provenance, write_json, write_text
 from bimos.generation import Sampling
 from bimos.models import load_model, load_tokenizer
 
@@ -34,8 +35,6 @@ SHOWN = 10
 
 def faults(answer: str, has_ended: bool) -> list[str]:
     """What is wrong with an answer, in words; nothing if it passes."""
-    import py3langid
-
     found = [] if has_ended else ["does not end"]
     words = answer.lower().split()
     runs = Counter(tuple(words[start : start + RUN]) for start in range(len(words) - RUN + 1))
@@ -66,7 +65,10 @@ def teacher_answers(model: Any, prompts: Sequence[list[int]], sampling: Sampling
         ids = torch.tensor([prompt])
         with torch.no_grad():
             output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **sampling.arguments())[0, len(prompt) :]
-        answers.append((tokenizer.decode(output, skip_special_tokens=True).strip(), len(output) < sampling.max_new_tokens))
+        said, stop = output.tolist(), model.generation_config.eos_token_id
+        has_ended = said[-1] in (stop if isinstance(stop, list) else [stop])
+        said = said[:-1] if has_ended else said
+        answers.append((tokenizer.decode(said, skip_special_tokens=True).strip(), len(said) < sampling.max_new_tokens))
     return answers
 
 
@@ -136,7 +138,7 @@ def main() -> None:
     if arguments.output:
         write_json(arguments.output, result)
     if arguments.samples:
-        arguments.samples.write_text(samples(result), encoding="utf-8")
+        write_text(arguments.samples, samples(result))
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ void outer(const uint8_t* tile, int64_t groups, const Block& block, int64_t rows
         const int32_t value = block.bytes[(g * kGroup + t / 4 * 4) * kColumns + 4 * o + t % 4];
         for (int64_t r = 0; r < kRows; ++r) sums[r] += value * weight[(t / 4 * kRows + r) * 4 + t % 4];
       }
-      for (int64_t r = 0; r < kRows; ++r) total[r] += block.steps[g * kColumns + o] * steps[r] * static_cast<float>(sums[r]);
+      for (int64_t r = 0; r < kRows; ++r) total[r] += static_cast<float>(sums[r]) * steps[r] * block.steps[g * kColumns + o];
     }
     for (int64_t r = 0; r < count; ++r) store(spread(total[r]), y + o * stride + r, 1);
   }

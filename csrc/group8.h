@@ -10,7 +10,7 @@
 //
 // And products of two matrices of bfloat16 over their tokens, for gradients of weights (bimos/methods/ste.py):
 //
-//   y[o, i] = sum_g left[g, o] right[g, i] sum_{t in g} p[t, o] q[t, i]
+//   y[o, i] = sum_g step[g, o] step'[g, i] sum_{t in g} p[t, o] q[t, i]
 //
 // where groups are 64 tokens, and both sides are rounded as values are, a step for every column of a group. The right side makes tiles of
 // 48 columns, each group with its 48 steps behind it; the left one blocks of 16 columns.

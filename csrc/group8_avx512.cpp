@@ -153,8 +153,9 @@ TARGET void sums_of_groups(const uint8_t* tile, int64_t groups, const uint8_t* b
     for (int t = 0; t < kCount; ++t) {
       const __m512 step = _mm512_set1_ps(steps[t * step_stride + g * kWide]);
       for (int v = 0; v < kVectors; ++v) {
-        const __m512 both = kStepped ? _mm512_mul_ps(step, _mm512_loadu_ps(tile + kGroupBytes + 64 * v)) : step;
-        totals[t][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[t][v]), both, totals[t][v]);
+        // One step after the other: their product could be too large for a float where the sum's is not.
+        const __m512 sum = kStepped ? _mm512_mul_ps(_mm512_cvtepi32_ps(sums[t][v]), _mm512_loadu_ps(tile + kGroupBytes + 64 * v)) : _mm512_cvtepi32_ps(sums[t][v]);
+        totals[t][v] = _mm512_fmadd_ps(sum, step, totals[t][v]);
       }
     }
   }

@@ -111,6 +111,16 @@ def test_doctor_reports_kernels_and_their_check(tmp_path: Path) -> None:
     assert report["memory"]["total_bytes"] > report["memory"]["available_bytes"] > 0
 
 
+def test_doctor_names_extras_in_their_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bimos.doctor
+
+    monkeypatch.setattr(bimos.doctor, "_version", lambda name: None)
+    monkeypatch.setattr(bimos.doctor, "_requirements", lambda: ({}, ["transformers[torch] is not installed"]))
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "pip install 'bimos[eval]'" in result.stdout and "problem: transformers[torch] is not installed" in result.stdout
+
+
 def test_doctor_notices_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     import bimos.doctor
 

@@ -230,7 +230,7 @@ def test_an_interrupted_run_resumes_and_no_other_takes_its_place(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(teacher_directory / name, other)
     assert_refused(run("quantize", other, "-o", output, "--resume"), "other-model", "tiny-llama")
-    assert_refused(run(*quantize(teacher_directory, output, text_file)), "not empty")
+    assert_refused(run(*quantize(teacher_directory, output, text_file)), "not empty", "--resume")
     assert contents(output) == before
     assert run("quantize", teacher_directory, "-o", output, "--resume").exit_code == 0  # its options are remembered
     assert run("generate", output, "--prompt", "The river", "--max-new-tokens", 2).exit_code == 0

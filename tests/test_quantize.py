@@ -170,6 +170,23 @@ def test_untied_embeddings_in_8_bits(teacher_directory: Path, text_file: Path, t
     assert again.value == pytest.approx(result["perplexity"][str(text_file)]["value"], rel=1e-3)
 
 
+@pytest.mark.parametrize(("aware", "expected"), [(True, 6), (False, 2)])
+def test_a_start_from_weights_alone_reads_one_batch(
+    aware: bool, expected: int, teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    original = module.reconstruct_blocks
+
+    def watch(teacher: Any, windows: torch.Tensor, *more: Any) -> dict[str, Any]:
+        seen.append(len(windows))
+        return original(teacher, windows, *more)
+
+    monkeypatch.setattr(module, "reconstruct_blocks", watch)
+    start = {"initialise": {"activation_aware": aware, "sequences": 6}, "blocks": {"enabled": False, "batch_size": 2}}
+    run(teacher_directory, tmp_path / "out", config(text_file, tokens=128, **start))
+    assert seen == [expected]
+
+
 def test_stages_can_be_left_out(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
     start = run(teacher_directory, tmp_path / "start", config(text_file, blocks={"enabled": False}, distill={"enabled": False}))
     assert [(stage["name"], stage["tokens"]) for stage in start["stages"]] == [("blocks", 0)]

@@ -44,7 +44,7 @@ def test_resuming_another_run(stopped: Path, teacher_directory: Path, text_file:
     refused("distill.clip=1.0, now it is 0.5", teacher_directory, stopped, config(text_file, distill={"clip": 0.5}), resume=True)
     refused("num_experts", teacher_directory, stopped, config(text_file, options={"num_experts": 4}), resume=True)
     refused("minutes", teacher_directory, stopped, config(text_file, minutes=5), resume=True)
-    refused("not empty", teacher_directory, stopped, config(text_file))
+    refused("not empty: it holds an interrupted run; --resume", teacher_directory, stopped, config(text_file))
     assert contents(stopped) == before
 
 

@@ -34,7 +34,7 @@ class BlocksConfig:
     lr_latent: float = 6.0e-3
     lr_scale: float = 1.0e-3
     lr_router: float = 1.0e-3
-    share: float = 0.4  # of a budget given in minutes, at most
+    share: float = 0.4  # of a budget given in minutes; more where even a start on a few sequences takes longer
 
 
 @dataclasses.dataclass
@@ -60,7 +60,7 @@ class DistillConfig:
     hidden_weight: float = 0.0  # of the sum over layers of the MSE of hidden states, per sequence as in the paper: 10
     relative_weight: float = 0.0  # of the mean over layers of the error of hidden states relative to their norm
     teacher: Literal["live", "cached"] = "live"
-    int8_teacher: bool = True  # the teacher's products in int8 if faster: a bfloat16 teacher, a CPU with AVX-512 and no AMX
+    int8_teacher: bool = True  # products of teacher and head in int8 if faster: a bfloat16 teacher, a CPU with AVX-512 and no AMX
     top_k: int = 64  # logits a token in the cache
     distinct_tokens: int | None = None  # then the same text again; None: ever new text
     checkpoint_minutes: float = 5.0

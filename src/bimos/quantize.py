@@ -142,6 +142,8 @@ def run(
     for name in evaluate:
         load_text(name)  # before the work, not after it
     if not resume:
+        if (work / "run.json").exists() and not overwrite:
+            raise BimosError(f"'{output}' is not empty: it holds an interrupted run; --resume goes on with it, --overwrite starts anew")
         texts = [file for source in parse_sources(config.data) for file in source.files]
         check_output(output, overwrite, [model, *texts, *evaluate])
     if resume:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -263,6 +265,25 @@ def test_rates_begin_with_the_training_not_with_the_start(tmp_path: Path, window
     monkeypatch.setattr(blockwise.time, "monotonic", lambda: now[0])
     reconstruct(tmp_path, windows, config(epochs=100), seconds=390.0)  # of each block's 130 seconds 40 are left
     assert len(factors) == 120 and max(factors) > 0.8 and factors[0] < 0.2 and factors[39] < 0.05
+
+
+@pytest.mark.parametrize(("seconds", "is_said"), [(100.0, True), (390.0, False)])
+def test_a_budget_that_the_blocks_will_not_keep_is_said(
+    tmp_path: Path, windows: Tensor, monkeypatch: pytest.MonkeyPatch, seconds: float, is_said: bool
+) -> None:
+    now, said = [0.0], io.StringIO()
+
+    def start(*args: Any) -> tuple[float, None]:
+        initialise.initialise_block(*args)
+        now[0] += 90.0
+        return 90.0, None
+
+    monkeypatch.setattr(blockwise, "initialise_block", start)
+    monkeypatch.setattr(blockwise.time, "monotonic", lambda: now[0])
+    progress = Progress(Console(file=said, width=200))
+    reconstruct_blocks(teacher(), windows, METHOD, config(epochs=1), tmp_path, progress, seconds)
+    expected = f"{BLOCKS} blocks take about 4.5 minutes on this machine, the budget has {seconds / 60:.1f} for them"
+    assert (expected in said.getvalue()) == is_said and ("--minutes" in said.getvalue()) == is_said
 
 
 def test_what_is_seen_is_enough_to_be_trained() -> None:

@@ -194,15 +194,19 @@ def test_a_run(dense: Callable[..., PreTrainedModel], tmp_path: Path, threads: i
     teacher = teacher_of(dense)
     plain = linears(teacher, nn.Linear)
     inside: list[int] = []
+    heads: set[type] = set()
     handle = teacher.model.register_forward_hook(lambda *_: inside.append(len(linears(teacher, Int8Linear))))
     last = []
     for in_int8 in (False, True):
         student = student_of(teacher)
+        student.model.register_forward_hook(lambda *_, of=student: heads.add(type(of.get_output_embeddings())))
         config = DistillConfig(batch_size=4, lr_latent=5e-3, checkpoint_minutes=60.0, int8_teacher=in_int8)
         data = NumberedWindows(Windows(), 40, None, seed=0)
         report = distill(student, teacher, data, LENGTH, config, Budget(tokens=40 * LENGTH), tmp_path / str(in_int8), Progress(None))
         assert set(inside) == {len(plain) if in_int8 else 0}
+        assert heads == {Int8Linear if in_int8 else nn.Linear}
         inside.clear()
+        heads.clear()
         assert type(student.get_output_embeddings()) is nn.Linear and linears(teacher, nn.Linear) == plain
         last.append(report["loss_last"])
     handle.remove()

@@ -84,8 +84,8 @@ def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
 def console(json_file: Path | None = None) -> Console:
     """Where people read results. Wide when it is no terminal, so that no table is cut in a log."""
     stderr = str(json_file) == "-"
-    plain = Console(highlight=False, stderr=stderr)
-    return plain if plain.is_terminal else Console(highlight=False, stderr=stderr, width=140)
+    plain = Console(highlight=False, markup=False, stderr=stderr)  # brackets are brackets: paths, pip install 'bimos[eval]'
+    return plain if plain.is_terminal else Console(highlight=False, markup=False, stderr=stderr, width=140)
 
 
 def _writable(path: Path | None) -> Path | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bimos.evaluation.formatting import DASH, bits, duration, factor, significant, size
 
@@ -158,6 +159,6 @@ def diagnosis(out: Console, report: dict[str, Any]) -> None:
         table.add_row(name, value)
     out.print(table)
     for problem in report["problems"]:
-        out.print(f"[bold red]problem[/bold red]: {problem}", markup=True)
+        out.print(Text.assemble(("problem", "bold red"), f": {problem}"))
     if not report["problems"]:
         out.print("nothing to mend")

@@ -82,7 +82,7 @@ def chat(
     typed = sys.stdin.isatty()
     if typed:
         kind = "" if conversation.has_template else "This model has no chat template: it continues what you write. "
-        console().print(f"[dim]{kind}/reset starts over, /exit leaves[/dim]")
+        console().print(f"[dim]{kind}/reset starts over, /exit leaves[/dim]", markup=True)
     while (message := _read(typed)) is not None:
         if message in ("/exit", "/quit"):
             return

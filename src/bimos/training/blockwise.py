@@ -31,7 +31,7 @@ from bimos.training.initialise import initialise_block
 from bimos.training.losses import relative_error
 from bimos.training.memory import peak_bytes, reset_peak
 from bimos.training.optimizer import build_optimizer, set_rate, signed_latents
-from bimos.training.pacing import PASSES, TRAINED, Pace, sequences_ahead
+from bimos.training.pacing import LATE, PASSES, TRAINED, Pace, sequences_ahead
 from bimos.training.progress import Progress
 from bimos.training.streams import BlockCall, advance, batches, capture, embed
 from bimos.training.student import load_tensors, load_trained, replace_empty, save_tensors, trainable_layers
@@ -134,6 +134,10 @@ def _each_block(
                 entry["next_sequences"] = float(
                     sequences_ahead(index, len(blocks), len(stream), size, seconds, worked + entry["seconds"], pace, config)
                 )
+                needed = worked + entry["seconds"] + pace.seconds(int(entry["next_sequences"])) * (len(blocks) - 1 - index)
+                if index == 1 and needed > LATE * seconds:  # the first one also warms up
+                    taken = f"{len(blocks)} blocks take about {needed / 60:.1f} minutes on this machine"
+                    progress.note(f"{taken}, the budget has {seconds / 60:.1f} for them: give it more --minutes")
             own = {name: tensor for name, tensor in trainable.state_dict().items() if _is_own(trainable, name)}
             save_tensors(own, path, {key: repr(value) for key, value in entry.items()})
         kept = int(entry["next_sequences"])

@@ -41,7 +41,8 @@ def peak_memory(model: nn.Module, config: RunConfig) -> dict[str, int]:
     hidden = settings.hidden_size
     kept = sum(2 * (3 * m.in_features + 3 * m.out_features) for m in linears.values())  # bytes a token
     kept += len(blocks) * 2 * 12 * hidden  # norms, residuals, attention
-    tokens = config.blocks.tokens if config.blocks.enabled else config.initialise.sequences * config.sequence_length
+    sequences = config.initialise.sequences if config.initialise.activation_aware else 0  # beside a batch
+    tokens = config.blocks.tokens if config.blocks.enabled else sequences * config.sequence_length
     streams = 2 * 2 * hidden * max(tokens, config.blocks.batch_size * config.sequence_length)
     block = 4 * latent // len(blocks)  # its latents
     training = starting = 0

@@ -19,6 +19,10 @@ class Pace(NamedTuple):
     reading: float
     training: float
 
+    def seconds(self, sequences: int) -> float:
+        """Of a block that is started on so many, and not trained."""
+        return self.solving + self.reading * sequences
+
 
 def sequences_ahead(index: int, blocks: int, count: int, size: int, seconds: float, worked: float, pace: Pace, config: RunConfig) -> int:
     """How many of `count` sequences the blocks behind block `index` shall see, in whole batches of `size`.
@@ -31,7 +35,7 @@ def sequences_ahead(index: int, blocks: int, count: int, size: int, seconds: flo
         worked: seconds until now.
     """
     each = (seconds - worked) / (blocks - index - 1)
-    needed = pace.solving + pace.reading * count
+    needed = pace.seconds(count)
     if index > 1:
         is_late = needed > each and worked + needed * (blocks - index - 1) > LATE * seconds
         return max(size, (count // 2) // size * size) if is_late else count

@@ -72,6 +72,11 @@ class Progress:
         self._loss = self._loss if loss is None else loss
         self._show()
 
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        if self._console is not None:
+            self._console.print(text, highlight=False, markup=False)
+
     def end(self) -> None:
         """The stage is over."""
         if self._bar is not None:
