@@ -67,6 +67,6 @@ BIMOS_INLINE void rows(const Logits& logits, int64_t first, int64_t last) {
 
 }  // namespace
 
-Function function_for(const char* level) { return pick<rows>(level); }
+Function BIMOS_HERE::function() { return of_width<kWidth, rows>(); }
 
 }  // namespace bimos::divergence

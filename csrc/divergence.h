@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "targets.h"
+
 namespace bimos::divergence {
 
 struct Logits {
@@ -17,6 +19,7 @@ struct Logits {
 using Function = void (*)(const Logits& logits, int64_t first, int64_t last);  // rows [first, last)
 
 // For a level of level.h by its name.
-Function function_for(const char* level);
+BIMOS_EVERY_WIDTH(Function function())
+inline Function function_for(const char* level) { return BIMOS_FOR_LEVEL(level, function)(); }
 
 }  // namespace bimos::divergence

@@ -266,17 +266,18 @@ BIMOS_INLINE void backward_group(const Problem& problem, int64_t batch, int64_t 
   write(of_values, tokens, n, width, static_cast<T*>(problem.of_value) + place, n);
 }
 
-// By tiles that the registers of a level hold.
+// Rows of a tile, and vectors of a row: what the registers hold.
+constexpr int kTall = 4, kWide = kWidth == 16 ? 4 : 2;
+
 template <typename T>
-Functions of(const char* level) {
-  return {pick<forward_group<2, 1, T>, forward_group<2, 2, T>, forward_group<4, 4, T>>(level),
-          pick<backward_group<2, 1, T>, backward_group<2, 2, T>, backward_group<4, 4, T>>(level)};
+Functions of() {
+  return {of_width<kWidth, forward_group<kTall, kWide, T>>(), of_width<kWidth, backward_group<kTall, kWide, T>>()};
 }
 
 }  // namespace
 
-Functions functions_for(const char* level, bool is_float) { return is_float ? of<float>(level) : of<uint16_t>(level); }
+Functions BIMOS_HERE::functions(bool is_float) { return is_float ? of<float>() : of<uint16_t>(); }
 
-PromptFunction prompt_for(const char* level) { return pick<prompt_blocks<2, 1>, prompt_blocks<2, 2>, prompt_blocks<4, 4>>(level); }
+PromptFunction BIMOS_HERE::prompt() { return of_width<kWidth, prompt_blocks<kTall, kWide>>(); }
 
 }  // namespace bimos::flash

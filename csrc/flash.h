@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "engine/cache.h"
+#include "targets.h"
 
 namespace bimos::flash {
 
@@ -46,7 +47,9 @@ struct Functions {
 };
 
 // For a level of level.h by its name, and values that are float32, else bfloat16.
-Functions functions_for(const char* level, bool is_float);
-PromptFunction prompt_for(const char* level);
+BIMOS_EVERY_WIDTH(Functions functions(bool is_float))
+BIMOS_EVERY_WIDTH(PromptFunction prompt())
+inline Functions functions_for(const char* level, bool is_float) { return BIMOS_FOR_LEVEL(level, functions)(is_float); }
+inline PromptFunction prompt_for(const char* level) { return BIMOS_FOR_LEVEL(level, prompt)(); }
 
 }  // namespace bimos::flash

@@ -58,7 +58,7 @@ Tensor linear(const Tensor& x, const Tensor& tiles, const Tensor& scale, const O
   const group8::Weights weights{static_cast<const uint8_t*>(packed.const_data_ptr()), static_cast<const float*>(scales.const_data_ptr()),
                                 biases ? static_cast<const float*>(biases->const_data_ptr()) : nullptr, in, out};
   const int64_t words = tokens * groups * group8::kGroup / 4;
-  Room room(words + tokens * groups + kWidth);
+  Room room(words + tokens * groups + Room::kLine);
   const group8::Values prepared{reinterpret_cast<uint8_t*>(room.words(words)), room.floats(tokens * groups), tokens};
   const group8::Functions functions = group8::functions_for(level().name);
   torch::stable::parallel_for(0, tokens, std::max<int64_t>(1, (1 << 16) / in), [&](int64_t begin, int64_t end) { functions.prepare(from, in, begin, end, prepared); });

@@ -8,6 +8,8 @@
 namespace bimos::mixing {
 namespace {
 
+constexpr int kRows = kWidth == 16 ? 4 : 2;  // tokens at a time: experts are loaded once for all of them, and sums stay in registers
+
 // Of every token's logits, in place.
 template <int kExperts, int kTokens>
 BIMOS_INLINE void softmax(float (*logits)[kExperts]) {
@@ -140,18 +142,18 @@ BIMOS_INLINE void backward(const Batch& batch, int64_t first, int64_t last) {
 }
 
 template <int kExperts>
-Functions of(const char* level) {
-  return {pick<forward<kExperts>>(level), pick<backward<kExperts>>(level)};
+Functions of() {
+  return {of_width<kWidth, forward<kExperts>>(), of_width<kWidth, backward<kExperts>>()};
 }
 
 }  // namespace
 
-Functions functions_for(const char* level, int64_t experts) {
+Functions BIMOS_HERE::functions_for(int64_t experts) {
   switch (experts) {
-    case 1: return of<1>(level);
-    case 2: return of<2>(level);
-    case 4: return of<4>(level);
-    case 8: return of<8>(level);
+    case 1: return of<1>();
+    case 2: return of<2>();
+    case 4: return of<4>();
+    case 8: return of<8>();
     default: return {};
   }
 }

@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace bimos::mixing {
+#include "targets.h"
 
-constexpr int kRows = 4;  // tokens at a time: experts are loaded once for all of them
+namespace bimos::mixing {
 
 // Of a batch of tokens: pointers to rows of `n` values, `experts` float32 rows of scales and of the router.
 struct Batch {
@@ -28,6 +28,7 @@ struct Functions {
 };
 
 // For a level of level.h by its name; nulls where the number of experts is not among 1, 2, 4 and 8.
-Functions functions_for(const char* level, int64_t experts);
+BIMOS_EVERY_WIDTH(Functions functions_for(int64_t experts))
+inline Functions functions_for(const char* level, int64_t experts) { return BIMOS_FOR_LEVEL(level, functions_for)(experts); }
 
 }  // namespace bimos::mixing

@@ -62,6 +62,6 @@ BIMOS_INLINE void backward(const Rows& rows, int64_t first, int64_t last) {
 
 }  // namespace
 
-Functions functions_for(const char* level) { return {pick<forward>(level), pick<backward>(level)}; }
+Functions BIMOS_HERE::functions() { return {of_width<kWidth, forward>(), of_width<kWidth, backward>()}; }
 
 }  // namespace bimos::norm

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "targets.h"
+
 namespace bimos::silu {
 
 struct Values {
@@ -19,6 +21,7 @@ struct Functions {
 };
 
 // For a level of level.h by its name.
-Functions functions_for(const char* level);
+BIMOS_EVERY_WIDTH(Functions functions())
+inline Functions functions_for(const char* level) { return BIMOS_FOR_LEVEL(level, functions)(); }
 
 }  // namespace bimos::silu

@@ -17,6 +17,27 @@
 #endif
 #endif
 
+// A file with vectors (vectors.h) is compiled once for each width: what it defines for others is in a namespace of that width.
+#define BIMOS_PASTED(a, b) a##b
+#define BIMOS_PASTE(a, b) BIMOS_PASTED(a, b)
+#define BIMOS_HERE BIMOS_PASTE(width, BIMOS_WIDTH)
+#define BIMOS_EVERY_WIDTH(declaration) \
+  namespace width4 {                   \
+  declaration;                         \
+  }                                    \
+  namespace width8 {                   \
+  declaration;                         \
+  }                                    \
+  namespace width16 {                  \
+  declaration;                         \
+  }
+#ifdef BIMOS_X86
+#define BIMOS_FOR_LEVEL(level, function) \
+  (std::strcmp(level, "avx512") == 0 ? width16::function : std::strcmp(level, "avx2") == 0 ? width8::function : width4::function)
+#else
+#define BIMOS_FOR_LEVEL(level, function) (static_cast<void>(level), width4::function)
+#endif
+
 namespace bimos {
 
 // A function that is always inlined, in one function a level.
@@ -32,14 +53,24 @@ struct Compiled<kBody> {
 #endif
 };
 
-// The body for a level, by its name: one for all, or as each has the registers for it.
-template <auto kScalar, auto kAvx2 = kScalar, auto kAvx512 = kAvx2>
+// The body for a level, by its name.
+template <auto kBody>
 auto pick([[maybe_unused]] const char* level) {
 #ifdef BIMOS_X86
-  if (std::strcmp(level, "avx512") == 0) return Compiled<kAvx512>::avx512;
-  if (std::strcmp(level, "avx2") == 0) return Compiled<kAvx2>::avx2;
+  if (std::strcmp(level, "avx512") == 0) return Compiled<kBody>::avx512;
+  if (std::strcmp(level, "avx2") == 0) return Compiled<kBody>::avx2;
 #endif
-  return Compiled<kScalar>::scalar;
+  return Compiled<kBody>::scalar;
+}
+
+// The body for the level whose vectors are that wide.
+template <int kWide, auto kBody>
+auto of_width() {
+#ifdef BIMOS_X86
+  if constexpr (kWide == 16) return Compiled<kBody>::avx512;
+  if constexpr (kWide == 8) return Compiled<kBody>::avx2;
+#endif
+  if constexpr (kWide == 4) return Compiled<kBody>::scalar;
 }
 
 }  // namespace bimos

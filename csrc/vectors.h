@@ -1,4 +1,5 @@
-// Vectors of the compiler: one body, which it makes into what the target of the function that inlines it has.
+// Vectors of the compiler, as wide as the processor's: 4, 8 or 16 values. What is written with them is compiled once for every width
+// (CMakeLists.txt), as BIMOS_WIDTH says: of wider vectors than a processor has, GCC makes memory.
 #pragma once
 
 #include <bit>
@@ -9,13 +10,19 @@
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are handed to functions that are always inlined
 
-namespace bimos {
+#ifndef BIMOS_WIDTH
+#define BIMOS_WIDTH 16  // for files of AVX-512 alone
+#endif
 
-constexpr int kWidth = 16;
+namespace bimos {
+inline namespace BIMOS_HERE {
+
+constexpr int kWidth = BIMOS_WIDTH;
 using Floats = float __attribute__((vector_size(4 * kWidth)));
 using Words = uint32_t __attribute__((vector_size(4 * kWidth)));
 using Halves = uint16_t __attribute__((vector_size(2 * kWidth)));
 using Chars = int8_t __attribute__((vector_size(kWidth)));
+using Integers = int32_t __attribute__((vector_size(4 * kWidth)));
 
 BIMOS_INLINE Floats spread(float value) { return Floats{} + value; }
 
@@ -46,7 +53,7 @@ BIMOS_INLINE Floats load(const uint16_t* from, int64_t count) {
 BIMOS_INLINE Floats load(const int8_t* from, int64_t count) {
   Chars bytes{};
   copy(from, &bytes, count);
-  return __builtin_convertvector(bytes, Floats);
+  return __builtin_convertvector(__builtin_convertvector(bytes, Integers), Floats);
 }
 
 BIMOS_INLINE void store(Floats values, float* to, int64_t count) { copy(&values, to, count); }
@@ -97,8 +104,26 @@ BIMOS_INLINE float sum_of(Floats values) {
   return sum;
 }
 
-// The sums of sixteen vectors, one a lane: halves of two are laid side by side and added, four times.
+// The sums of as many vectors as a vector has lanes, one a lane: halves of two are laid side by side and added, again and again.
 BIMOS_INLINE Floats sums_of(const Floats* rows) {
+#if BIMOS_WIDTH == 4
+  const Floats a = rows[0], b = rows[1], c = rows[2], d = rows[3];
+  const Floats first = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Floats second = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  return __builtin_shufflevector(first, second, 0, 1, 4, 5) + __builtin_shufflevector(first, second, 2, 3, 6, 7);
+#elif BIMOS_WIDTH == 8
+  Floats twos[4], fours[2];
+  for (int i = 0; i < 4; ++i) {
+    const Floats a = rows[2 * i], b = rows[2 * i + 1];
+    twos[i] = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11) + __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const Floats a = twos[2 * i], b = twos[2 * i + 1];
+    fours[i] = __builtin_shufflevector(a, b, 0, 1, 8, 9, 2, 3, 10, 11) + __builtin_shufflevector(a, b, 4, 5, 12, 13, 6, 7, 14, 15);
+  }
+  return __builtin_shufflevector(fours[0], fours[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         __builtin_shufflevector(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15);
+#else
   Floats twos[8], fours[4], eights[2];
   for (int i = 0; i < 8; ++i) {
     const Floats a = rows[2 * i], b = rows[2 * i + 1];
@@ -117,6 +142,8 @@ BIMOS_INLINE Floats sums_of(const Floats* rows) {
   }
   return __builtin_shufflevector(eights[0], eights[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
          __builtin_shufflevector(eights[0], eights[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+#endif
 }
 
+}  // namespace BIMOS_HERE
 }  // namespace bimos

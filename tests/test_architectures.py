@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from bimos import BimosError
 from bimos.config import RunConfig
+from bimos.kernels import native
 from bimos.methods.binarymos import BinaryMoSConfig
 from bimos.models import convertible_linears, decoder_blocks, load_model, load_teacher
 from bimos.packing.linear import PackedLinear
@@ -153,7 +154,9 @@ def test_teachers_of_16_bits_from_shards(
     tokenizer.save_pretrained(tmp_path / "teacher")
     assert len(list((tmp_path / "teacher").glob("*.safetensors"))) > 1
     loaded, _ = load_teacher(tmp_path / "teacher")
-    assert loaded.dtype == torch.bfloat16 and not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert (
+        loaded.dtype == native.fast_dtype(torch.bfloat16) and not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    )
     packed = quantize(tmp_path / "teacher", METHOD, data=str(text_file), **QUICK)
     assert packed.dtype == torch.bfloat16
     assert_trained(reports)

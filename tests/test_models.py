@@ -14,7 +14,18 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from bimos import BimosError
-from bimos.models import convertible_linears, data_root, decoder_blocks, empty_model, load_config, load_model, load_teacher, load_tokenizer
+from bimos.kernels import native
+from bimos.models import (
+    convertible_linears,
+    data_root,
+    decoder_blocks,
+    empty_model,
+    load_config,
+    load_model,
+    load_teacher,
+    load_to_measure,
+    load_tokenizer,
+)
 
 
 def refused(fragment: str, load: object, *arguments: object) -> None:
@@ -26,10 +37,24 @@ def refused(fragment: str, load: object, *arguments: object) -> None:
 
 def test_a_directory(teacher_directory: Path) -> None:
     teacher, tokenizer = load_teacher(teacher_directory)
-    assert teacher.dtype == torch.bfloat16 and not teacher.training
+    assert teacher.dtype == native.fast_dtype(torch.bfloat16) and not teacher.training
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert tokenizer("The river").input_ids == AutoTokenizer.from_pretrained(teacher_directory)("The river").input_ids
     assert load_teacher(str(teacher_directory), torch.float32)[0].dtype == torch.float32
+    assert load_teacher(teacher_directory, torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_a_processor_slow_in_16_bits_gets_the_same_weights_in_32(
+    teacher_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_multiplies_bfloat16", lambda: False)
+    wide, _ = load_teacher(teacher_directory)
+    narrow, _ = load_teacher(teacher_directory, torch.bfloat16)
+    assert all(torch.equal(a, b.float()) and a.dtype == torch.float32 for a, b in zip(wide.parameters(), narrow.parameters(), strict=True))
+    narrow.save_pretrained(tmp_path)
+    assert load_to_measure(tmp_path).dtype == torch.float32 and load_model(tmp_path).dtype == torch.bfloat16
+    monkeypatch.setattr(native, "_multiplies_bfloat16", lambda: True)
+    assert load_to_measure(tmp_path).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("load", [load_teacher, load_config, load_model, load_tokenizer])

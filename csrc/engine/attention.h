@@ -1,26 +1,13 @@
 // Query heads over the cached keys and values of the head that they share (grouped-query attention): both are read once for all of them.
+// For maths.cpp alone: compiled once for every width of vectors.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-
 #include "../vectors.h"
-#include "cache.h"
+#include "maths.h"
+#include "numbers.h"
 
 namespace bimos::maths {
-
-constexpr int kHeads = 4;  // query heads at a time
-
-struct Attention {
-  const float* query;  // `heads` <= kHeads heads of n values, `stride` from one to the next; the output lies likewise
-  float* out;
-  int heads;
-  int64_t stride, n;
-  Cache keys, values;
-  int64_t first, last;  // positions that are seen
-  float scale;          // of the scores
-  float* scores;        // room for heads * (last - first)
-};
+namespace {
 
 template <typename T>
 struct Cached {
@@ -30,8 +17,6 @@ struct Cached {
   BIMOS_INLINE Floats load(int64_t at, int64_t count) const { return bimos::load(data + at, count); }
   BIMOS_INLINE float scale(int64_t position) const { return scales == nullptr ? 1.0F : scales[position]; }
 };
-
-BIMOS_INLINE float exponential(float x);
 
 // scores[h][p] = q_h k_p * scale, sixteen positions at a time.
 template <int kCount, typename T>
@@ -120,4 +105,5 @@ BIMOS_INLINE void attend(const Attention& a) {
   }
 }
 
+}  // namespace
 }  // namespace bimos::maths

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import GgufConfig
 
 from bimos.errors import BimosError
+from bimos.kernels import native
 from bimos.packing.integrity import check_depth
 
 
@@ -95,8 +96,18 @@ def load_model(model: str | Path, dtype: torch.dtype | str = "auto") -> PreTrain
     return loaded.eval()
 
 
+def load_to_measure(model: str | Path) -> PreTrainedModel:
+    """A model as it is, to read much text with: what is kept in 16 bits in float32 on a CPU that is slow in them.
+
+    Raises:
+        BimosError: see `load_model`.
+    """
+    stored = getattr(load_config(model), "dtype", None)
+    return load_model(model, native.fast_dtype(stored) if isinstance(stored, torch.dtype) else "auto")
+
+
 def load_teacher(model: str | Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Any]:
-    """Teacher and tokenizer, in bfloat16 unless `dtype` says otherwise: what the matrix units of CPUs and GPUs share.
+    """Teacher and tokenizer, in `dtype`; None: bfloat16, what the matrix units of CPUs and GPUs share, or float32 on a slow CPU.
 
     Raises:
         BimosError: it cannot be loaded, is quantized already, or has no linears to convert.
@@ -106,6 +117,8 @@ def load_teacher(model: str | Path, dtype: torch.dtype | None = None) -> tuple[P
     if quantization is not None and not str(model).endswith(".gguf"):
         raise BimosError(f"'{model}' is quantized already; start from the original model")
     teacher = load_model(model, dtype or torch.bfloat16)
+    if dtype is None:  # widened, not read in float32: the same weights wherever it is loaded
+        teacher.to(native.fast_dtype(torch.bfloat16))  # type: ignore[arg-type]
     convertible_linears(teacher)
     teacher.requires_grad_(False)
     return teacher, load_tokenizer(model)

@@ -26,6 +26,7 @@ from bimos.evaluation.perplexity import maximum_context, perplexity
 from bimos.evaluation.report import write_report
 from bimos.evaluation.texts import load_text
 from bimos.evaluation.versions import provenance, write_json
+from bimos.kernels import native
 from bimos.methods import MethodConfig, method_config
 from bimos.models import convertible_linears, empty_model, load_config, load_teacher, load_tokenizer
 from bimos.packing.checkpoint import check_output, save_packed
@@ -93,9 +94,10 @@ def quantize(
         teacher, found = load_teacher(model)
         tokenizer = tokenizer or found
     _check_fit(teacher, method, config)
-    dtype, was_training = teacher.dtype, teacher.training
-    if dtype == torch.float16:  # gradients of a loss per token vanish in it
-        teacher = copy.deepcopy(teacher).to(torch.bfloat16)  # type: ignore[arg-type]
+    dtype = teacher.dtype if isinstance(model, PreTrainedModel) else torch.bfloat16
+    working, was_training = _working_dtype(teacher), teacher.training
+    if teacher.dtype != working:
+        teacher = copy.deepcopy(teacher).to(working)  # type: ignore[arg-type]
     teacher.eval()  # what it says must not depend on dropout
     try:
         with tempfile.TemporaryDirectory(prefix="bimos-") as work:
@@ -173,7 +175,7 @@ def run(
         raise
 
     quality: dict[str, Any] = {}
-    student = pack_model(student, method=config.method, options=method.to_dict(), embedding_bits=16, dtype=teacher.dtype)
+    student = pack_model(student, method=config.method, options=method.to_dict(), embedding_bits=16, dtype=torch.bfloat16)
     change = _embedding_change(student, tokenizer, evaluate, config.embedding_bits)
     with Progress(console) as progress:
         for name in evaluate:
@@ -271,6 +273,12 @@ def _with_budget(config: RunConfig, method: MethodConfig) -> RunConfig:
     settled = config.settled(method.trained)
     endless = config.tokens is None and config.minutes is None and bool(settled.blocks.enabled or settled.distill.enabled)
     return dataclasses.replace(config, minutes=DEFAULT_MINUTES if endless else config.minutes)
+
+
+def _working_dtype(teacher: PreTrainedModel) -> torch.dtype:
+    """What to train in. Not float16, in which gradients of a loss per token vanish."""
+    dtype = torch.bfloat16 if teacher.dtype == torch.float16 else teacher.dtype
+    return native.fast_dtype(dtype) if teacher.device.type == "cpu" else dtype
 
 
 def _check_fit(teacher: PreTrainedModel, method: MethodConfig, config: RunConfig) -> None:

@@ -16,7 +16,7 @@ needs_kernels = pytest.mark.skipif(native.isa() is None, reason=f"no C++ kernels
 @pytest.fixture
 def tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables pay on every level, so that any processor tests them."""
-    monkeypatch.setattr(ste, "tables_pay", lambda latent: all(n % 8 == 0 for n in latent.shape))
+    monkeypatch.setattr(ste, "tables_pay", lambda latent, dtype: all(n % 8 == 0 for n in latent.shape))
 
 
 def passes(latent: nn.Parameter, x: Tensor, towards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,17 +33,18 @@ def passes(latent: nn.Parameter, x: Tensor, towards: Tensor) -> tuple[Tensor, Te
 @needs_kernels
 @pytest.mark.parametrize(("out", "n_in"), [(8, 8), (40, 72), (200, 576), (1536, 64)])
 @pytest.mark.parametrize("tokens", [1, 3, 33])
-def test_tables_give_what_products_give(out: int, n_in: int, tokens: int, tables: None) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tables_give_what_products_give(out: int, n_in: int, tokens: int, dtype: torch.dtype, tables: None) -> None:
     torch.manual_seed(out)
     latent = nn.Parameter(torch.randn(out, n_in))
     with torch.no_grad():
         latent[0, :3] = torch.tensor([0.0, -0.0, -1e-30])
-    x, towards = torch.randn(2, tokens, n_in).bfloat16(), torch.randn(2, tokens, out).bfloat16()
+    x, towards = torch.randn(2, tokens, n_in).to(dtype), torch.randn(2, tokens, out).to(dtype)
     signs = torch.where(latent.detach() >= 0, 1.0, -1.0).double()
     expected = x.double() @ signs.T
     of_signs = torch.einsum("bto,bti->oi", towards.double(), x.double()) * (latent.detach().abs() < 1)
     y, of_x, of_latent = passes(latent, x, towards)
-    assert y.dtype == of_x.dtype == torch.bfloat16 and of_latent.dtype == torch.float32
+    assert y.dtype == of_x.dtype == dtype and of_latent.dtype == torch.float32
     for actual, wanted in ((y, expected), (of_x, towards.double() @ signs), (of_latent, of_signs)):
         assert (actual.double() - wanted).norm() < 2e-2 * wanted.norm()  # sums of four inputs are rounded to 8 bits
     assert not hasattr(latent, "shared_signs")
@@ -74,23 +75,34 @@ def test_signs_as_bits() -> None:
         torch.ops.bimos.sign_bits(torch.zeros(12, 8), True)
 
 
-@pytest.mark.parametrize(("dtype", "out"), [(torch.float32, 16), (torch.bfloat16, 12)])
-def test_elsewhere_torch_multiplies(dtype: torch.dtype, out: int, tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_elsewhere_torch_multiplies(dtype: torch.dtype, tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ste, "_TableProduct", None)  # whoever calls it fails
-    latent = nn.Parameter(torch.randn(out, 16))
-    x, towards = torch.randn(2, 5, 16).to(dtype), torch.randn(2, 5, out).to(dtype)
+    latent = nn.Parameter(torch.randn(12, 16))
+    x, towards = torch.randn(2, 5, 16).to(dtype), torch.randn(2, 5, 12).to(dtype)
     y, _, _ = passes(latent, x, towards)
     torch.testing.assert_close(y, x @ torch.where(latent.detach() >= 0, 1.0, -1.0).to(dtype).T)
 
 
-def test_tables_pay_only_where_they_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("level", "has_matrix_unit", "multiplies_bfloat16", "pays_in"),
+    [
+        ("avx512", False, True, {torch.bfloat16}),
+        ("avx512", True, True, set()),
+        ("avx2", False, True, set()),  # a lower level was asked for
+        ("avx2", False, False, {torch.float32}),
+        (None, False, False, set()),
+    ],
+)
+def test_tables_pay_only_where_they_were_measured(
+    level: str | None, has_matrix_unit: bool, multiplies_bfloat16: bool, pays_in: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
     latent = torch.zeros(16, 16)
-    monkeypatch.setattr(native, "isa", lambda: "avx512")
-    monkeypatch.setattr(native, "_has_matrix_unit", lambda: False)
-    assert ste.tables_pay(latent)
-    assert not ste.tables_pay(torch.zeros(12, 16)) and not ste.tables_pay(latent.double()) and not ste.tables_pay(latent.to("meta"))
-    monkeypatch.setattr(native, "_has_matrix_unit", lambda: True)
-    assert not ste.tables_pay(latent)
-    monkeypatch.setattr(native, "_has_matrix_unit", lambda: False)
-    monkeypatch.setattr(native, "isa", lambda: "avx2")
-    assert not ste.tables_pay(latent)
+    monkeypatch.setattr(native, "isa", lambda: level)
+    monkeypatch.setattr(native, "_has_matrix_unit", lambda: has_matrix_unit)
+    monkeypatch.setattr(native, "_multiplies_bfloat16", lambda: multiplies_bfloat16)
+    assert {dtype for dtype in (torch.float32, torch.bfloat16, torch.float64) if ste.tables_pay(latent, dtype)} == pays_in
+    for dtype in pays_in:
+        assert not any(ste.tables_pay(other, dtype) for other in (torch.zeros(12, 16), latent.double(), latent.to("meta")))
+    wanted = torch.bfloat16 if multiplies_bfloat16 else torch.float32
+    assert native.fast_dtype(torch.bfloat16) == wanted and native.fast_dtype(torch.float64) == torch.float64

@@ -34,7 +34,7 @@ LENGTH = 24
 @pytest.fixture
 def where_it_pays(level: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """On every processor, at every level."""
-    monkeypatch.setattr(int8, "pays", lambda: True)
+    monkeypatch.setattr(int8, "pays", lambda dtype: True)
     yield
 
 

@@ -42,7 +42,7 @@ def evaluate(
     from bimos.evaluation.texts import load_text
     from bimos.evaluation.versions import provenance
     from bimos.evaluation.zeroshot import zero_shot
-    from bimos.models import load_model, load_tokenizer
+    from bimos.models import load_to_measure, load_tokenizer
     from bimos.packing.linear import set_activation
 
     if limit is not None and not tasks:
@@ -51,7 +51,7 @@ def evaluate(
         raise BimosError("zero-shot tasks need lm_eval; install it with: pip install 'bimos[eval]'")
     texts = [load_text(name) for name in show.split(ppl or (None if tasks else "wikitext2"))]  # before the model: it may be missing
     started = time.monotonic()
-    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    loaded, tokenizer = load_to_measure(model), load_tokenizer(model)
     set_activation(loaded, activation)
     out = console(json)
     result: dict[str, Any] = {"model": model, "activation": activation, "perplexity": {}}

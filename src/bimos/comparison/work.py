@@ -29,7 +29,7 @@ from bimos.evaluation.speed import Runs, measure
 from bimos.evaluation.texts import load_text
 from bimos.evaluation.versions import provenance, write_json, write_text
 from bimos.evaluation.zeroshot import with_mean, zero_shot
-from bimos.models import convertible_linears, empty_model, load_config, load_model, load_teacher, load_tokenizer
+from bimos.models import convertible_linears, empty_model, load_config, load_teacher, load_to_measure, load_tokenizer
 from bimos.quantize import run
 from bimos.resume import WORK, settle
 from bimos.training.data import tokenizer_digest
@@ -96,7 +96,7 @@ def evaluate(job: Job, console: Console | None) -> None:
     tasks = [name for name in job.tasks if name not in known["tasks"]]
     if not texts and not tasks:
         return
-    model, tokenizer = load_teacher(job.model) if job.config is None else (load_model(job.source), load_tokenizer(job.source))
+    model, tokenizer = load_teacher(job.model) if job.config is None else (load_to_measure(job.source), load_tokenizer(job.source))
     with Progress(console) as bar:
         for name, given in texts.items():
             text, began = load_text(given), time.monotonic()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from bimos.kernels import native
 from bimos.methods.base import InputStatistics, TrainableLinear
 from bimos.methods.ste import SharedSigns
 
@@ -31,8 +32,9 @@ def tune_scales(layer: TrainableLinear, weight: Tensor, statistics: InputStatist
         layer: its experts, if there are several, all alike; the values of its router do not matter.
     """
     sample, device = statistics.sample, statistics.sample.device
-    narrow = sample.bfloat16()
-    answers = F.linear(narrow, weight.bfloat16(), None if layer.bias is None else layer.bias.detach().bfloat16())
+    dtype = native.fast_dtype(torch.bfloat16)
+    narrow = sample.to(dtype)
+    answers = F.linear(narrow, weight.to(dtype), None if layer.bias is None else layer.bias.detach().to(dtype))
     importance = torch.ones(len(sample), device=device) if statistics.importance is None else statistics.importance
     importance = importance / (importance * answers.float().square().sum(-1)).mean().clamp_min(1e-30)
     size = sample.norm(dim=-1).median().clamp_min(1e-6).item()  # of a vector that is none of the few huge ones
@@ -49,7 +51,7 @@ def tune_scales(layer: TrainableLinear, weight: Tensor, statistics: InputStatist
     schedule = LambdaLR(optimizer, lambda step: min(1.0, 2 - 2 * step / steps))
     for latent in latents:
         latent.requires_grad_(False)
-    with torch.enable_grad(), SharedSigns(latents, torch.bfloat16):
+    with torch.enable_grad(), SharedSigns(latents, dtype):
         for _ in range(steps):
             rows = torch.randint(len(sample), (min(len(sample), VECTORS),), generator=generator).to(device)
             optimizer.zero_grad()

@@ -65,7 +65,7 @@ class SharedSigns:
         for latent, signs in zip(self._latents, self._signs, strict=True):
             leaf = signs.detach().requires_grad_(latent.requires_grad)
             tiles = None
-            if signs.dtype == torch.bfloat16 and tables_pay(latent):
+            if tables_pay(latent, signs.dtype):
                 tiles = (*_tiled(latent, False), *_tiled(latent, True))
             latent.shared_signs = _Shared(leaf, tiles)  # type: ignore[attr-defined]
             if tiles is None:
@@ -114,22 +114,22 @@ def sign_ste(weight: Tensor, x: Tensor) -> Tensor:
 def sign_linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x [..., in] sign(weight)^T`, straight through, in the dtype of autocast or `x`.
 
-    With shared signs in bfloat16, by the tables of packed linears where those are the faster way (`tables_pay`), forward and for the
-    gradient of `x`; sums of four inputs are rounded to 8 bits then. The gradient of the signs is a product of bytes, both sides rounded
-    to 8 bits by columns of 64 tokens (`csrc/group8.h`).
+    With shared signs, by the tables of packed linears where those are the faster way (`tables_pay`), forward and for the gradient of `x`;
+    sums of four inputs are rounded to 8 bits then. In bfloat16 the gradient of the signs is a product of bytes, both sides rounded to
+    8 bits by columns of 64 tokens (`csrc/group8.h`).
     """
     shared = getattr(weight, "shared_signs", None)
-    if shared is None or shared.tiles is None or not x.dtype == compute_dtype(x) == torch.bfloat16:
+    if shared is None or shared.tiles is None or not x.dtype == compute_dtype(x) == shared.leaf.dtype:
         return F.linear(x, sign_ste(weight, x))
     return _TableProduct.apply(x, shared.leaf, *shared.tiles)
 
 
-def tables_pay(latent: Tensor) -> bool:
-    """Whether products with the signs of `latent [out, in]` are faster by tables than by torch: AVX-512 without a matrix unit."""
+def tables_pay(latent: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products in `dtype` with the signs of `latent [out, in]` are faster by tables than by torch."""
     is_covered = (
         latent.device.type == "cpu" and latent.dtype == torch.float32 and latent.dim() == 2 and all(n % 8 == 0 for n in latent.shape)
     )
-    return is_covered and native.pays()
+    return is_covered and native.pays(dtype)
 
 
 def _tiled(latent: Tensor, transposed: bool) -> tuple[Tensor, Tensor | None]:
@@ -151,8 +151,14 @@ class _TableProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         of_x = torch.ops.bimos.packed_linear(grad, ctx.bits, None, None, None, None, None, ctx.tiled, True)
-        of_signs = torch.ops.bimos.group8_outer(grad.flatten(0, -2), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
-        return of_x, of_signs, None, None, None, None
+        return of_x, _outer(grad.flatten(0, -2), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None, None, None, None, None
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """`left^T right` of `[tokens, out]` and `[tokens, in]`."""
+    is_bfloat16 = left.dtype == torch.bfloat16
+    product: Tensor = torch.ops.bimos.group8_outer(left, right) if is_bfloat16 else left.T @ right
+    return product
 
 
 def rank_one_svd(magnitude: Tensor) -> tuple[Tensor, Tensor]:

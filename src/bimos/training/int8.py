@@ -29,7 +29,7 @@ def int8_products(*models: nn.Module) -> Iterator[None]:
     changed: list[Int8Linear] = []
     made: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}  # heads of teacher and student are one
     try:
-        for module in (part for model in models for part in model.modules()) if pays() else ():
+        for module in (part for model in models for part in model.modules()) if pays(torch.bfloat16) else ():
             if type(module) is nn.Linear and _is_covered(module):  # adapters and quantized layers are classes of their own
                 key = module.weight.data_ptr(), module.weight.shape, module.weight.stride()
                 tiles = made.get(key) or torch.ops.bimos.group8_pack(module.weight.detach())
