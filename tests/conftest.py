@@ -49,6 +49,24 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are those of a processor that does, whichever it is that tests run on."""
+    monkeypatch.setattr(native, "_multiplies_bfloat16", lambda: True)
+
+
+@pytest.fixture
+def avx2_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Work as on a processor that has AVX2 and no AVX-512: in float32, by tables."""
+    highest = native.isa()
+    if highest not in ("avx2", "avx512"):
+        pytest.skip("this processor, or this build, has no AVX2")
+    native.use_isa("avx2")
+    monkeypatch.setattr(native, "_multiplies_bfloat16", lambda: False)
+    yield
+    native.use_isa(highest)
+
+
 @pytest.fixture
 def exact_kernels() -> Iterator[None]:
     """Kernels that are exact to float32 rounding, for what is compared that closely."""

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from bimos import BimosError
 from bimos.config import RunConfig
 from bimos.kernels import native
+from bimos.methods import ste
 from bimos.methods.binarymos import BinaryMoSConfig
 from bimos.models import convertible_linears, decoder_blocks, load_model, load_teacher
 from bimos.packing.linear import PackedLinear
@@ -159,6 +160,33 @@ def test_teachers_of_16_bits_from_shards(
     )
     packed = quantize(tmp_path / "teacher", METHOD, data=str(text_file), **QUICK)
     assert packed.dtype == torch.bfloat16
+    assert_trained(reports)
+    assert_saves_and_loads(packed, tmp_path / "packed")
+
+
+@pytest.mark.usefixtures("avx2_alone")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_processor_that_is_slow_in_16_bits(
+    in_memory: bool,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerFast,
+    text_file: Path,
+    tmp_path: Path,
+    reports: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert native.pays(torch.float32) and not native.pays(torch.bfloat16)
+    seen: set[torch.dtype] = set()
+    product = ste._TableProduct.apply
+    monkeypatch.setattr(ste._TableProduct, "apply", lambda x, *tiles: seen.add(x.dtype) or product(x, *tiles))
+    model: Any = teacher("llama", dtype)
+    if not in_memory:
+        model.save_pretrained(tmp_path / "teacher")
+        tokenizer.save_pretrained(tmp_path / "teacher")
+        model = tmp_path / "teacher"
+    packed = quantize(model, METHOD, data=str(text_file), tokenizer=tokenizer, **QUICK)
+    assert packed.dtype == (dtype if in_memory else torch.bfloat16) and seen == {torch.float32}
     assert_trained(reports)
     assert_saves_and_loads(packed, tmp_path / "packed")
 

@@ -31,7 +31,7 @@ from bimos.methods import MethodConfig, method_config
 from bimos.models import convertible_linears, empty_model, load_config, load_teacher, load_tokenizer
 from bimos.packing.checkpoint import check_output, save_packed
 from bimos.packing.embedding import quantize_embeddings
-from bimos.packing.hf import pack_model
+from bimos.packing.hf import pack_model, restore_rotary
 from bimos.packing.sizes import size_report
 from bimos.resume import WORK, check_same_run, check_same_text, fingerprint, read_run, remembered, settle
 from bimos.training.blockwise import load_blocks, reconstruct_blocks
@@ -97,7 +97,9 @@ def quantize(
     dtype = teacher.dtype if isinstance(model, PreTrainedModel) else torch.bfloat16
     working, was_training = _working_dtype(teacher), teacher.training
     if teacher.dtype != working:
-        teacher = copy.deepcopy(teacher).to(working)  # type: ignore[arg-type]
+        teacher = copy.deepcopy(teacher)
+        restore_rotary(teacher)  # widened, frequencies that were rounded would pass for exact ones
+        teacher.to(working)  # type: ignore[arg-type]
     teacher.eval()  # what it says must not depend on dropout
     try:
         with tempfile.TemporaryDirectory(prefix="bimos-") as work:

@@ -220,7 +220,7 @@ def test_any_method_can_use_it(teacher_directory: Path) -> None:
 
     plain = loss(None)
     assert loss(LossConfig()) == plain  # off by default
-    assert loss(LossConfig(dad=True, dad_lambda=0.0)) == pytest.approx(plain, rel=1e-5)
+    assert loss(LossConfig(dad=True, dad_lambda=0.0)) == pytest.approx(plain, rel=1e-4)
     assert loss(LossConfig(dad=True)) > 1.1 * plain  # entropies of a random model are near ln 320
 
 

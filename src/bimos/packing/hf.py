@@ -242,7 +242,7 @@ def pack_model(
     if dtype is not None:
         for parameter in model.parameters():  # not model.to(): that would round the rotary frequencies too
             parameter.data = parameter.data.to(dtype)
-    _restore_rotary(model)
+    restore_rotary(model)
     if embedding_bits == 8:
         quantize_embeddings(model)
     config = describe(model, method=method, options=options, embedding_bits=embedding_bits)
@@ -251,7 +251,7 @@ def pack_model(
     return model.eval()
 
 
-def _restore_rotary(model: Any) -> None:
+def restore_rotary(model: Any) -> None:
     """Compute rotary frequencies anew where a cast of the whole model has rounded them: no checkpoint stores them."""
     for module in model.modules():
         if hasattr(module, "original_inv_freq") and module.inv_freq.dtype != torch.float32:
