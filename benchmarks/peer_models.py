@@ -69,7 +69,7 @@ def dense(name: str, folder: Path) -> Any:
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[name]), dtype=torch.bfloat16).eval()
     folder.mkdir(parents=True, exist_ok=True)
-    return load_teacher(fetch(MODEL, folder))[0]
+    return load_teacher(fetch(MODEL, folder), torch.bfloat16)[0]
 
 
 def prepare(name: str, folder: Path, types: tuple[str, ...]) -> tuple[dict[str, Path], dict[str, str], Path]:
