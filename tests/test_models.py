@@ -42,6 +42,7 @@ def test_a_directory(teacher_directory: Path) -> None:
     assert tokenizer("The river").input_ids == AutoTokenizer.from_pretrained(teacher_directory)("The river").input_ids
     assert load_teacher(str(teacher_directory), torch.float32)[0].dtype == torch.float32
     assert load_teacher(teacher_directory, torch.bfloat16)[0].dtype == torch.bfloat16
+    assert all(buffer.dtype == torch.float32 for name, buffer in teacher.named_buffers() if name.endswith("inv_freq"))
 
 
 def test_a_processor_slow_in_16_bits_gets_the_same_weights_in_32(

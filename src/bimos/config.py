@@ -88,6 +88,7 @@ class RunConfig:
     tokens: int | None = None  # of stage 3
     minutes: float | None = None  # of all stages
     embedding_bits: Literal[8, 16] = 8
+    low_memory: bool = False  # of the teacher, one block in memory at a time; without distillation
     skip: list[str] = dataclasses.field(default_factory=list)  # linears to leave alone, by the end of their name
     initialise: InitialiseConfig = dataclasses.field(default_factory=InitialiseConfig)
     blocks: BlocksConfig = dataclasses.field(default_factory=BlocksConfig)
@@ -120,7 +121,8 @@ class RunConfig:
         sections: dict[str, Any] = {}
         for name, key in (("initialise", "refit"), ("blocks", "enabled"), ("distill", "enabled")):
             section = getattr(self, name)
-            sections[name] = dataclasses.replace(section, **{key: decided(getattr(section, key), trained)})
+            wanted = trained and not (name == "distill" and self.low_memory)
+            sections[name] = dataclasses.replace(section, **{key: decided(getattr(section, key), wanted)})
         run = dataclasses.replace(self, **sections)
         run.check()
         return run
@@ -141,6 +143,8 @@ class RunConfig:
                     raise BimosError(f"{name}={value}: must be {must}")
         if self.tokens is not None and self.distill.enabled is False:
             raise BimosError(f"tokens={self.tokens} are the budget of distillation, which is off; set blocks.tokens, or give --minutes")
+        if self.low_memory and (self.distill.enabled or self.tokens is not None):
+            raise BimosError("low_memory goes block by block, distillation trains the whole model: leave out --tokens and distill.enabled")
         if self.distill.teacher == "cached" and self.tokens is None and self.distill.distinct_tokens is None:
             raise BimosError("distill.teacher=cached: say how much text to cache, with --set distill.distinct_tokens=N or --tokens N")
         if not 0 <= self.seed < 2**32:

@@ -106,8 +106,12 @@ def load_to_measure(model: str | Path) -> PreTrainedModel:
     return load_model(model, native.fast_dtype(stored) if isinstance(stored, torch.dtype) else "auto")
 
 
-def load_teacher(model: str | Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Any]:
-    """Teacher and tokenizer, in `dtype`; None: bfloat16, what the matrix units of CPUs and GPUs share, or float32 on a slow CPU.
+def load_teacher(model: str | Path, dtype: torch.dtype | str | None = None) -> tuple[PreTrainedModel, Any]:
+    """Teacher and tokenizer.
+
+    Args:
+        dtype: of the weights; `auto`: as they are in the files, which stay mapped. None: bfloat16, what the matrix units of CPUs and
+            GPUs share, or float32 on a slow CPU.
 
     Raises:
         BimosError: it cannot be loaded, is quantized already, or has no linears to convert.
@@ -117,7 +121,8 @@ def load_teacher(model: str | Path, dtype: torch.dtype | None = None) -> tuple[P
     if quantization is not None and not str(model).endswith(".gguf"):
         raise BimosError(f"'{model}' is quantized already; start from the original model")
     teacher = load_model(model, dtype or torch.bfloat16)
-    if dtype is None:  # widened, not read in float32: the same weights wherever it is loaded
+    if dtype is None and native.fast_dtype(torch.bfloat16) != torch.bfloat16:
+        # Widened, not read in float32: the same weights wherever it is loaded. Never narrowed so: that would round rotary frequencies.
         teacher.to(native.fast_dtype(torch.bfloat16))  # type: ignore[arg-type]
     convertible_linears(teacher)
     teacher.requires_grad_(False)

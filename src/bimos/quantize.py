@@ -38,6 +38,7 @@ from bimos.training.blockwise import load_blocks, reconstruct_blocks
 from bimos.training.budget import Budget
 from bimos.training.data import TokenStream
 from bimos.training.estimate import peak_memory
+from bimos.training.mapped import load_mapped
 from bimos.training.memory import peak_bytes, reset_peak
 from bimos.training.progress import Progress
 from bimos.training.sources import parse_sources
@@ -91,12 +92,12 @@ def quantize(
     if isinstance(model, PreTrainedModel):
         teacher, tokenizer = model, tokenizer or load_tokenizer(str(model.name_or_path))
     else:
-        teacher, found = load_teacher(model)
+        teacher, found = _load(model, config)
         tokenizer = tokenizer or found
     _check_fit(teacher, method, config)
     dtype = teacher.dtype if isinstance(model, PreTrainedModel) else torch.bfloat16
     working, was_training = _working_dtype(teacher), teacher.training
-    if teacher.dtype != working:
+    if teacher.dtype != working and not config.low_memory:
         teacher = copy.deepcopy(teacher)
         restore_rotary(teacher)  # widened, frequencies that were rounded would pass for exact ones
         teacher.to(working)  # type: ignore[arg-type]
@@ -155,7 +156,7 @@ def run(
     else:
         if work.exists() and not (work / "run.json").exists():
             raise BimosError(f"'{work}' is where the run would keep its work, and holds something else; name another output directory")
-    teacher, tokenizer = load_teacher(model)
+    teacher, tokenizer = _load(model, config)
     _check_fit(teacher, method, config)
     facts = {"model": str(model), "weights": fingerprint(teacher), "config": config.to_dict(), "evaluate": list(evaluate)}
     if resume and read_run(output)["weights"] != facts["weights"]:
@@ -275,6 +276,10 @@ def _with_budget(config: RunConfig, method: MethodConfig) -> RunConfig:
     settled = config.settled(method.trained)
     endless = config.tokens is None and config.minutes is None and bool(settled.blocks.enabled or settled.distill.enabled)
     return dataclasses.replace(config, minutes=DEFAULT_MINUTES if endless else config.minutes)
+
+
+def _load(model: str | Path, config: RunConfig) -> tuple[PreTrainedModel, Any]:
+    return load_mapped(model, native.fast_dtype(torch.bfloat16)) if config.low_memory else load_teacher(model)
 
 
 def _working_dtype(teacher: PreTrainedModel) -> torch.dtype:

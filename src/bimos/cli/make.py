@@ -39,6 +39,9 @@ def quantize(
     tokens: Annotated[int | None, typer.Option(metavar="N", help="Budget: tokens of end-to-end distillation.")] = None,
     minutes: Annotated[float | None, typer.Option(metavar="N", help="Budget: minutes of all stages together.")] = None,
     embedding_bits: Annotated[int | None, typer.Option(metavar="8|16", help="Embeddings and head: int8 by row, or as they are.")] = None,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", metavar="", help="Of the model, one block in memory at a time; no distillation.")
+    ] = False,
     ppl: Annotated[str | None, typer.Option(metavar="TEXTS", help="Then measure perplexity, as `bimos eval --ppl`.")] = None,
     resume: Annotated[bool, typer.Option("--resume", metavar="", help="Continue the interrupted run in the output directory.")] = False,
     overwrite: Overwrite = False,
@@ -60,6 +63,8 @@ def quantize(
         raise BimosError("--resume continues what is in the output directory, --overwrite replaces it: give one of them")
     given = {"method": method, "data": data, "embedding_bits": embedding_bits, "seed": seed, "tokens": tokens, "minutes": minutes}
     given = {key: value for key, value in given.items() if value is not None}
+    if low_memory:
+        given["low_memory"] = True
     if "tokens" in given or "minutes" in given:
         given = {"tokens": None, "minutes": None} | given  # a budget given here replaces the file's, in whichever unit
     quiet()

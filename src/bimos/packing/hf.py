@@ -233,12 +233,15 @@ def pack_model(
         BimosError: nothing to pack, weights that cannot be packed, or embeddings that int8 cannot hold.
     """
     trained = [(name, m) for name, m in model.named_modules() if callable(getattr(m, "pack", None)) and not isinstance(m, PackedLinear)]
-    for name, module in trained:
+    trained.reverse()
+    while trained:  # none is held longer than it takes: all of them may be more than memory has
+        name, module = trained.pop()
         try:
             packed = PackedLinear.from_tensors(module.pack(), getattr(module, "group_size", None))
         except BimosError as error:
             raise BimosError(f"cannot pack '{name}': {error}") from None
         model.set_submodule(name, packed)
+        del module
     if dtype is not None:
         for parameter in model.parameters():  # not model.to(): that would round the rotary frequencies too
             parameter.data = parameter.data.to(dtype)

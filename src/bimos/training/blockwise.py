@@ -2,9 +2,9 @@
 
 For each decoder block in order: its inputs come from the student as binarized so far, its targets from the teacher. Latents
 and scales are trained on the relative error of the block's output (compare BRECQ, 2102.05426, for reconstruction by
-block; the student's own inputs let a block mend what the blocks before it broke). Memory: the teacher, one block in training, and
-two streams of hidden states. A finished block goes to disk as `block-000.safetensors`; a run that was killed begins again
-at the first one missing, after sending both streams through the blocks that are done.
+block; the student's own inputs let a block mend what the blocks before it broke). Memory: the teacher (with `low_memory` one block of
+it, `mapped`), one block in training, and two streams of hidden states. A finished block goes to disk as `block-000.safetensors`; a
+run that was killed begins again at the first one missing, after sending both streams through the blocks that are done.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from bimos.config import RunConfig, decided
 from bimos.errors import BimosError
+from bimos.kernels import native
 from bimos.lanes import LANES, Lanes
 from bimos.methods.base import MethodConfig, TrainableLinear
 from bimos.methods.ste import SharedSigns
@@ -29,9 +31,10 @@ from bimos.training.budget import Budget, schedule
 from bimos.training.fused import fused
 from bimos.training.initialise import initialise_block
 from bimos.training.losses import relative_error
+from bimos.training.mapped import entering_in, release, working_copy
 from bimos.training.memory import peak_bytes, reset_peak
 from bimos.training.optimizer import build_optimizer, set_rate, signed_latents
-from bimos.training.pacing import LATE, PASSES, TRAINED, Pace, sequences_ahead
+from bimos.training.pacing import LATE, PASSES, STARTING, TRAINED, Pace, seconds_a_token, sequences_ahead
 from bimos.training.progress import Progress
 from bimos.training.streams import BlockCall, advance, batches, capture, embed
 from bimos.training.student import load_tensors, load_trained, replace_empty, save_tensors, trainable_layers
@@ -69,7 +72,8 @@ def reconstruct_blocks(
     """
     size = min(config.blocks.batch_size, len(windows))
     lanes = Lanes(size if size % LANES == 0 else 1, windows.device)  # both lanes call blocks with the same number of rows
-    with fused(teacher), lanes:
+    dtype = native.fast_dtype(torch.bfloat16) if config.low_memory else None
+    with fused(teacher, dtype=dtype), lanes:
         return _each_block(teacher, windows, method, config, directory, progress, seconds, size, lanes)
 
 
@@ -87,16 +91,23 @@ def _each_block(
     reset_peak()
     directory.mkdir(parents=True, exist_ok=True)
     prefix, blocks = decoder_blocks(teacher)
+    dtype = native.fast_dtype(torch.bfloat16)
     names = [name.removeprefix(prefix + ".").split(".", 1) for name in convertible_linears(teacher, config.skip)]
-    _, calls = capture(teacher, windows[:size])
-    lane_calls = calls if lanes.count == 1 else capture(teacher, windows[: size // lanes.count])[1]
-    stream = torch.cat([embed(teacher, windows[rows]) for rows in batches(len(windows), size)])
+    with entering_in(teacher, dtype) if config.low_memory else nullcontext():
+        first = working_copy(blocks[0], dtype) if config.low_memory else None
+        _, calls = capture(teacher, windows[:size], first)
+        lane_calls = calls if lanes.count == 1 else capture(teacher, windows[: size // lanes.count], first)[1]
+        del first
+        stream = torch.cat([embed(teacher, windows[rows]) for rows in batches(len(windows), size)])
     student_stream = stream.clone()
     history: list[dict[str, Any]] = []
     worked = trained_tokens = 0.0
+    if config.low_memory:
+        progress.note(_plan(blocks[0], len(blocks), method, config, stream, dtype))
     progress.begin("block reconstruction", len(blocks))
-    for index, (block, call, lane_call) in enumerate(zip(blocks, calls, lane_calls, strict=True)):
+    for index, (stored, call, lane_call) in enumerate(zip(blocks, calls, lane_calls, strict=True)):
         local = [name for number, name in names if int(number) == index]
+        block = working_copy(stored, dtype) if config.low_memory else stored
         trainable = copy.deepcopy(block)
         path = block_file(directory, index)
         found = _finished(path)
@@ -140,6 +151,8 @@ def _each_block(
                     progress.note(f"{taken}, the budget has {seconds / 60:.1f} for them: give it more --minutes")
             own = {name: tensor for name, tensor in trainable.state_dict().items() if _is_own(trainable, name)}
             save_tensors(own, path, {key: repr(value) for key, value in entry.items()})
+        if config.low_memory:
+            release(stored)
         kept = int(entry["next_sequences"])
         stream, student_stream = stream[:kept], student_stream[:kept]
         worked += entry["seconds"]
@@ -156,6 +169,16 @@ def _each_block(
         "loss_last": sum(entry["loss_last"] for entry in history) / len(history),
         "blocks": history,
     }
+
+
+def _plan(block: nn.Module, count: int, method: MethodConfig, config: RunConfig, stream: Tensor, dtype: torch.dtype) -> str:
+    """What is ahead: bytes from shapes, and time from a product as it is multiplied here."""
+    weights = sum(p.numel() * p.element_size() for p in block.parameters())
+    passes = STARTING + (PASSES * config.blocks.epochs if decided(config.blocks.enabled, method.trained) else 0)
+    minutes = passes * stream.shape[:-1].numel() * seconds_a_token(block, dtype) / 60
+    streams = 2 * stream.numel() * stream.element_size()
+    told = f"{count} blocks, one in memory at a time: {weights / 1e6:,.0f} MB each in their file, hidden states {streams / 1e6:,.0f} MB"
+    return f"{told}, about {minutes:.1f} minutes a block" if config.minutes is None else f"{told}, {config.minutes:g} minutes in all"
 
 
 def _finished(path: Path) -> tuple[dict[str, Tensor], dict[str, float]] | None:

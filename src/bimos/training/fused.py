@@ -27,8 +27,12 @@ PREFIX = "Fused"
 
 
 @contextmanager
-def fused(*models: nn.Module) -> Iterator[None]:
-    """Within it, norms, gates and attention of `models` that can be are done in C++, where that is built."""
+def fused(*models: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Within it, norms, gates and attention of `models` that can be are done in C++, where that is built.
+
+    Args:
+        dtype: of hidden states. None: that of each model.
+    """
     changed: list[nn.Module] = []
     if native.isa() is not None:
         for module in (module for model in models for module in model.modules()):
@@ -37,7 +41,7 @@ def fused(*models: nn.Module) -> Iterator[None]:
                 module.__class__ = _subclass(type(module), forward)  # type: ignore[arg-type]
                 changed.append(module)
     try:
-        with fast_attention(*models):
+        with fast_attention(*models, dtype=dtype):
             yield
     finally:
         for module in changed:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import NamedTuple
+
+import torch
+from torch import nn
 
 from bimos.config import RunConfig
 
 LATE = 1.5  # times its share that a start may take before later blocks see fewer sequences
 TRAINED = 16384  # tokens without which a block is not trained, unless the config asks for fewer: steps on so few would fit them alone
 PASSES = 3  # through a block that a step of training takes, before some were timed
+STARTING = 8  # passes through a block that take as long as its start, and both streams' way through it
+TRIED = 512  # tokens of the product that tells how fast this machine is
 
 
 class Pace(NamedTuple):
@@ -51,3 +57,16 @@ def affordable_sequences(seconds: float, solving: float, each: float, count: int
     """How many sequences, `each` of so many seconds, fit into `seconds` beside `solving`: whole batches, from one to `count`."""
     affordable = int((seconds - solving) / max(1e-9, each))
     return max(size, min(count, affordable - affordable % size))
+
+
+def seconds_a_token(block: nn.Module, dtype: torch.dtype) -> float:
+    """Of one pass through the linears of `block`: from the largest of them, which is read and multiplied twice to see."""
+    sizes = [m for m in block.modules() if isinstance(m, nn.Linear)]
+    largest = max(sizes, key=lambda linear: linear.weight.numel())
+    weight = largest.weight.detach().to(dtype)
+    x = torch.ones(TRIED, largest.in_features, dtype=dtype, device=weight.device)
+    for _ in range(2):
+        began = time.perf_counter()
+        nn.functional.linear(x, weight)
+        seconds = time.perf_counter() - began
+    return seconds / TRIED * sum(linear.weight.numel() for linear in sizes) / weight.numel()

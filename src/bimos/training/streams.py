@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -33,10 +34,14 @@ class BlockCall:
         return output[0] if isinstance(output, tuple) else output
 
 
-def capture(model: nn.Module, windows: Tensor) -> tuple[Tensor, list[BlockCall]]:
+def capture(model: nn.Module, windows: Tensor, instead: nn.Module | None = None) -> tuple[Tensor, list[BlockCall]]:
     """What enters the first block for `windows [B, T]`, and how every block is called.
 
-    The first block's input is `[B, T, d]`: embeddings, and whatever the architecture does with them.
+    The first block's input is `[B, T, d]`: embeddings, and whatever the architecture does with them. How blocks are called depends on
+    shapes alone, so the first one is run to see what a block gives back, and the others hand on what they get.
+
+    Args:
+        instead: of the first block, a copy of it that takes hidden states as they are.
     """
     _, blocks = decoder_blocks(model)
     calls: list[BlockCall] = []
@@ -49,15 +54,30 @@ def capture(model: nn.Module, windows: Tensor) -> tuple[Tensor, list[BlockCall]]
         kept = {key: value for key, value in kwargs.items() if key not in ("past_key_values", "past_key_value", "layer_past")}
         kept["use_cache"] = False
         calls.append(BlockCall(tuple(args[1:]), kept))
+        if len(calls) == len(blocks):
+            raise Stop
         return args, kwargs if args else {"hidden_states": hidden, **kwargs}
 
+    given: list[Any] = []
+
+    def hand_on(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *given[0][1:]) if isinstance(given[0], tuple) else hidden
+
     hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
+    hooks.append(blocks[0].register_forward_hook(lambda module, args, output: given.append(output)))
+    for block in blocks[1:]:
+        block.forward = hand_on
+    if instead is not None:
+        blocks[0].forward = instead.forward
     try:
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.suppress(Stop):
             model.base_model(input_ids=windows, use_cache=False)  # type: ignore[operator]
     finally:
         for hook in hooks:
             hook.remove()
+        for block in blocks:
+            block.__dict__.pop("forward", None)
     return first[0], calls
 
 

@@ -1,0 +1,124 @@
+"""Teachers whose weights stay in their files: the same result as with all of them in memory, and pages that are given back."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from bimos import BimosError
+from bimos.config import RunConfig
+from bimos.models import decoder_blocks, load_teacher
+from bimos.quantize import plan, run
+from bimos.training.mapped import mapped_ranges, release
+
+TEACHERS: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 96, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0, "activation_dropout": 0.0},
+    "gpt_neox": {"intermediate_size": 96},
+}
+
+
+def saved(kind: str, dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast, directory: Path, **more: Any) -> Path:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(sizes | ids | TEACHERS[kind] | more)), dtype=dtype)
+    model.save_pretrained(directory, max_shard_size="60KB")
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def options(text: Path, **more: Any) -> RunConfig:
+    blocks = {"tokens": 256, "batch_size": 2, "epochs": 2}
+    values = {"data": str(text), "sequence_length": 32, "blocks": blocks, "initialise": {"sequences": 4}}
+    return RunConfig.from_dict(values | more)
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in directory.glob("*.safetensors"):
+        found |= safetensors.torch.load_file(path)
+    return found
+
+
+@pytest.mark.parametrize("kind", list(TEACHERS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("processor", ["multiplies_bfloat16", "avx2_alone"])
+def test_the_same_model(
+    kind: str,
+    dtype: torch.dtype,
+    processor: str,
+    tokenizer: PreTrainedTokenizerFast,
+    text_file: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    request.getfixturevalue(processor)
+    model = saved(kind, dtype, tokenizer, tmp_path / "teacher")
+    run(model, tmp_path / "whole", options(text_file, distill={"enabled": False}))
+    result = run(model, tmp_path / "mapped", options(text_file, low_memory=True))
+    assert [stage["name"] for stage in result["stages"]] == ["blocks"]
+    whole, mapped = tensors(tmp_path / "whole"), tensors(tmp_path / "mapped")
+    assert whole.keys() == mapped.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, mapped[name]), name
+
+
+def test_pages_are_given_back_and_read_again(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    if sys.platform != "linux":
+        pytest.skip("only Linux tells what is mapped")
+    directory = saved("llama", torch.bfloat16, tokenizer, tmp_path, hidden_size=512, intermediate_size=1024)
+    teacher, _ = load_teacher(directory, "auto")
+    _, blocks = decoder_blocks(teacher)
+    before = [parameter.clone() for parameter in blocks[0].parameters()]
+    resident = mapped_bytes(directory)
+    given = release(blocks[0])
+    assert given == sum(parameter.nbytes for parameter in before)
+    assert resident - mapped_bytes(directory) > 0.9 * given
+    assert all(map(torch.equal, blocks[0].parameters(), before))
+
+
+def mapped_bytes(directory: Path) -> int:
+    """Of files in `directory`, what is in memory."""
+    total, is_one = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if "-" in line.split(" ")[0]:
+            is_one = str(directory) in line
+        elif is_one and line.startswith("Rss:"):
+            total += 1024 * int(line.split()[1])
+    return total
+
+
+def test_what_is_not_mapped_stays() -> None:
+    linear = nn.Linear(512, 512)
+    before = linear.weight.detach().clone()
+    assert release(linear) == 0 and torch.equal(linear.weight, before)
+    assert all(first < last for first, last in mapped_ranges())
+
+
+def test_it_takes_less(tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path) -> None:
+    directory = saved("llama", torch.bfloat16, tokenizer, tmp_path, hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
+    whole, mapped = (plan(directory, options(text_file, **of)) for of in ({}, {"low_memory": True}))
+    assert list(mapped["peak_memory_bytes"]) == ["blocks"]
+    assert mapped["peak_memory_bytes"]["blocks"] < whole["peak_memory_bytes"]["blocks"]
+
+
+@pytest.mark.parametrize(
+    ("more", "fragment"),
+    [({"tokens": 64}, "leave out --tokens"), ({"distill": {"enabled": True}}, "distillation trains the whole model")],
+)
+def test_no_distillation(more: dict[str, Any], fragment: str, text_file: Path) -> None:
+    with pytest.raises(BimosError, match=fragment):
+        options(text_file, low_memory=True, **more)
+
+
+def test_no_gguf(text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(BimosError, match="dequantised as a whole"):
+        run(tmp_path / "model.gguf", tmp_path / "out", options(text_file, low_memory=True))
