@@ -1,15 +1,16 @@
 // A plain read of a buffer by all threads, as fast as memory gives it: what the bandwidth of other work is set against.
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 
 #include "tensors.h"
 
 namespace bimos {
 namespace {
 
-typedef uint64_t Words2 __attribute__((vector_size(16), aligned(8), may_alias));
-typedef uint64_t Words4 __attribute__((vector_size(32), aligned(8), may_alias));
-typedef uint64_t Words8 __attribute__((vector_size(64), aligned(8), may_alias));
+typedef uint64_t Words2 __attribute__((vector_size(16)));
+typedef uint64_t Words4 __attribute__((vector_size(32)));
+typedef uint64_t Words8 __attribute__((vector_size(64)));
 
 // Sum of the words, so that none can be left unread, eight vectors side by side. Inlined into functions of a target each.
 template <typename Vector>
@@ -18,7 +19,11 @@ template <typename Vector>
   Vector sums[8] = {};
   int64_t i = 0;
   for (; i + kStep <= count; i += kStep)
-    for (int64_t j = 0; j < 8; ++j) sums[j] += *reinterpret_cast<const Vector*>(words + i + j * kWords);
+    for (int64_t j = 0; j < 8; ++j) {
+      Vector part;  // an alignment of its own would not outlast the template
+      std::memcpy(&part, words + i + j * kWords, sizeof part);
+      sums[j] += part;
+    }
   for (int64_t j = 1; j < 8; ++j) sums[0] += sums[j];
   uint64_t total = 0;
   for (int64_t j = 0; j < kWords; ++j) total += sums[0][j];

@@ -88,9 +88,11 @@ def _each_block(
     size: int,
     lanes: Lanes,
 ) -> dict[str, Any]:
+    prefix, blocks = decoder_blocks(teacher)
+    if config.low_memory:
+        release(blocks)  # read when the model was loaded
     reset_peak()
     directory.mkdir(parents=True, exist_ok=True)
-    prefix, blocks = decoder_blocks(teacher)
     dtype = native.fast_dtype(torch.bfloat16)
     names = [name.removeprefix(prefix + ".").split(".", 1) for name in convertible_linears(teacher, config.skip)]
     with entering_in(teacher, dtype) if config.low_memory else nullcontext():
