@@ -29,8 +29,8 @@ PLAIN = {"sliding_window", "position_ids", "cache_position", "use_cache", "outpu
 @contextmanager
 def fast_attention(*models: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Within it, those of `models` that attend by `sdpa` do so by `attend`, if this processor has the instructions that make it pay."""
-    parts = [m for model in models for m in model.modules() if hasattr(m, "config")]
-    configs: dict[int, Any] = {id(m.config): m.config for m in parts if pays(dtype or getattr(m, "dtype", torch.float64))}
+    parts: list[Any] = [m for model in models for m in model.modules() if hasattr(m, "config")]
+    configs = {id(m.config): m.config for m in parts if pays(dtype if dtype is not None else getattr(m, "dtype", torch.float64))}
     # Not by `_attn_implementation`, which sets that of configs within a config too.
     changed = [config for config in configs.values() if getattr(config, "_attn_implementation", None) == "sdpa"]
     for config in changed:
