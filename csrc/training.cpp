@@ -67,7 +67,7 @@ struct Prepared {
 
 Tensor zeros(const Tensor& like, std::array<int64_t, 2> sizes) {
   Tensor result = torch::stable::new_empty(like, sizes);
-  std::memset(result.mutable_data_ptr(), 0, static_cast<size_t>(sizes[0] * sizes[1]) * 4);
+  std::fill_n(static_cast<float*>(result.mutable_data_ptr()), sizes[0] * sizes[1], 0.0F);  // not memset: of nothing, the address is null
   return result;
 }
 
