@@ -36,9 +36,9 @@ def peak_memory(model: nn.Module, config: RunConfig) -> dict[str, int]:
     _, blocks = decoder_blocks(model)
     value = native.fast_dtype(torch.bfloat16).itemsize  # bytes
     weights = value * sum(p.numel() for p in model.parameters())
-    if config.low_memory:  # mapped but for the embedding; a block in its file's bits, and as it is worked on
+    if config.low_memory:  # mapped but for the embedding; a block in its file's bits, the teacher's copy, and the student's
         largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
-        weights = 2 * (sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in blocks.parameters())) + (2 + value) * largest
+        weights = 2 * (sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in blocks.parameters())) + (2 + 2 * value) * largest
     method = method_config(config.method, config.options)
     config = config.settled(method.trained)
     latent = sum(_latents(method, m) for m in linears.values())
