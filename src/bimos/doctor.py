@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from bimos import __version__
 from bimos.evaluation.versions import available_cores, cpu_model
-from bimos.kernels import native, packed_linear, reference
+from bimos.kernels import gpu, native, packed_linear, reference
 from bimos.models import data_root
 from bimos.packing.format import pack_signs
 
@@ -101,13 +101,18 @@ def _cpu_features() -> list[str]:
 def _kernels() -> tuple[dict[str, str], list[str]]:
     """Which implementation each op takes on each device here, and those that do not give the reference's result."""
     devices = ["CPU", *(["CUDA"] if torch.cuda.is_available() else [])]
+    kinds = {"CPU": ("C++", native.isa()), "CUDA": ("Triton", _version("triton"))}
     used = {}
     for op in ("packed_linear", "int8_linear"):
         for device in devices:
-            own = torch._C._dispatch_has_kernel_for_dispatch_key(f"bimos::{op}", device)
-            kind = f"C++, {native.isa()}" if device == "CPU" else f"{device} kernel"
-            why = f" (C++ kernels: {native.problem})" if device == "CPU" and native.problem else ""
-            used[f"{op} on {device}"] = kind if own else f"reference in plain torch{why}"
+            problem, (kind, version) = "", kinds[device]
+            if device == "CPU":
+                problem = native.problem
+            elif op == "packed_linear":
+                problem = gpu.problem(torch.device("cuda", torch.cuda.current_device()))
+            own = torch._C._dispatch_has_kernel_for_dispatch_key(f"bimos::{op}", device) and not problem
+            why = f" ({kind} kernels: {problem})" if problem else ""
+            used[f"{op} on {device}"] = f"{kind}, {version}" if own else f"reference in plain torch{why}"
     generator = torch.Generator().manual_seed(0)
     x, weight, router = (torch.randn(n, 128, generator=generator) for n in (3, 64, 2))
     scale_in, scale_out = (torch.rand(1, 2, n, generator=generator).half() for n in (128, 64))

@@ -1,0 +1,72 @@
+"""What runs the ops on a GPU: the Triton kernels (`bimos.kernels.triton`) where they can, plain torch elsewhere.
+
+Triton is no dependency, and slow to import: it is looked for here, and imported when the first tensors on a GPU come.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bimos.kernels import ops  # noqa: F401 - schemas come first
+
+CAPABILITY = (8, 0)  # the least of an NVIDIA GPU: bfloat16, and float32 in three parts of tf32
+
+
+def _packed_linear(x: Tensor, weight: Tensor, *arguments: Any, **named: Any) -> Tensor:
+    if not x.is_cuda or problem(x.device):
+        return torch.ops.bimos.packed_linear_reference(*_for_reference(x, weight, *arguments, **named))
+    from bimos.kernels import triton
+
+    return triton.packed_linear(x, weight, *arguments, **named)
+
+
+def _for_reference(
+    x: Tensor,
+    weight: Tensor,
+    scale_in: Tensor | None,
+    scale_out: Tensor | None,
+    router: Tensor | None,
+    scale_group: Tensor | None,
+    bias: Tensor | None,
+    tiles: Tensor | None = None,
+    int8: bool = False,
+    group_size: int = 0,
+) -> tuple[Any, ...]:
+    return x, weight, scale_in, scale_out, router, scale_group, bias, group_size
+
+
+@functools.cache
+def problem(device: torch.device) -> str:
+    """Why the kernels do not run on this GPU; empty where they do. Warns when it is found out: plain torch unpacks every plane anew."""
+    why = _missing() or _failure(device)
+    if why:
+        warnings.warn(f"packed linears run in plain torch on {device}: {why}", stacklevel=2)
+    return why
+
+
+def _missing() -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this torch is built for CPUs"
+    return "" if find_spec("triton") else "Triton is not installed: pip install 'bimos[gpu]'"
+
+
+def _failure(device: torch.device) -> str:
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < CAPABILITY:
+        return f"the kernels need compute capability {'.'.join(map(str, CAPABILITY))}"
+    try:
+        from bimos.kernels import triton
+
+        triton.try_out(device)
+    except Exception as error:  # a driver, a compiler that Triton asks for, another Triton: each has errors of its own
+        return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return ""
+
+
+if not _missing():
+    torch.library.impl("bimos::packed_linear", "CUDA")(_packed_linear)
