@@ -53,10 +53,19 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(1)
 
 
+MULTIPLIES_BFLOAT16 = native._multiplies_bfloat16
+
+
 @pytest.fixture(autouse=True)
 def multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are those of a processor that does, whichever it is that tests run on."""
     monkeypatch.setattr(native, "_multiplies_bfloat16", lambda: True)
+
+
+@pytest.fixture
+def this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is, for what is compared with the work of other processes."""
+    monkeypatch.setattr(native, "_multiplies_bfloat16", MULTIPLIES_BFLOAT16)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from bimos.config import RunConfig
 from bimos.errors import BimosError
 from bimos.evaluation.perplexity import perplexity
 from bimos.evaluation.texts import load_text
-from bimos.models import load_model, load_teacher, load_tokenizer
+from bimos.models import load_teacher, load_to_measure, load_tokenizer
 from bimos.packing.sizes import size_report
 
 Compare = Callable[..., dict[str, Any]]
@@ -44,6 +44,7 @@ def refused(compare: Compare, output: Path, fragments: tuple[str, ...], *rows: s
         assert fragment in str(caught.value), str(caught.value)
 
 
+@pytest.mark.usefixtures("this_processor")
 def test_rows_say_what_their_models_are(compared: Compared, teacher_directory: Path, text_file: Path) -> None:
     result, output = compared
     rows = by_name(result)
@@ -57,7 +58,7 @@ def test_rows_say_what_their_models_are(compared: Compared, teacher_directory: P
             assert row["stages"] == [] and row["config"] is None
         else:
             directory = output / "work" / name.replace(":", "-") / "model"
-            model, tokenizer = load_model(directory), load_tokenizer(directory)
+            model, tokenizer = load_to_measure(directory), load_tokenizer(directory)
             sizes = size_report(directory)
             assert {key: row[key] for key in sizes} == sizes
             assert row["total_bytes"] == (directory / "model.safetensors").stat().st_size
