@@ -56,7 +56,7 @@ BIMOS_INLINE void row_of(const Logits& logits, int64_t row, float* powers, float
 
 template <typename T>
 BIMOS_INLINE void rows_of(const Logits& logits, int64_t first, int64_t last) {
-  Room room(2 * up(logits.n, kWidth));
+  Room room(2 * up(logits.n, Room::kLine));
   float *powers = room.floats(logits.n), *powers_of_teacher = room.floats(logits.n);
   for (; first < last; ++first) row_of<T>(logits, first, powers, powers_of_teacher);
 }

@@ -144,7 +144,7 @@ class RunConfig:
         if self.tokens is not None and self.distill.enabled is False:
             raise BimosError(f"tokens={self.tokens} are the budget of distillation, which is off; set blocks.tokens, or give --minutes")
         if self.low_memory and (self.distill.enabled or self.tokens is not None):
-            raise BimosError("low_memory goes block by block, distillation trains the whole model: leave out --tokens and distill.enabled")
+            raise BimosError("low_memory goes block by block, distillation trains the whole model: leave out tokens and distill.enabled")
         if self.distill.teacher == "cached" and self.tokens is None and self.distill.distinct_tokens is None:
             raise BimosError("distill.teacher=cached: say how much text to cache, with --set distill.distinct_tokens=N or --tokens N")
         if not 0 <= self.seed < 2**32:

@@ -90,14 +90,17 @@ def quantize(
     values = {"method": method.name, "options": method.to_dict(), "data": data, **options}
     config = _with_budget(RunConfig.from_dict(values, "bimos.quantize"), method)
     if isinstance(model, PreTrainedModel):
+        if config.low_memory:  # which gives back pages: what was changed in memory would be lost
+            raise BimosError("low_memory reads a model from its files: give a directory or a Hub id, not a model that is loaded")
         teacher, tokenizer = model, tokenizer or load_tokenizer(str(model.name_or_path))
     else:
         teacher, found = _load(model, config)
         tokenizer = tokenizer or found
+    _check_low_memory(config)
     _check_fit(teacher, method, config)
     dtype = teacher.dtype if isinstance(model, PreTrainedModel) else torch.bfloat16
     working, was_training = _working_dtype(teacher), teacher.training
-    if teacher.dtype != working and not config.low_memory:
+    if teacher.dtype != working and not config.low_memory:  # mapped: block by block
         teacher = copy.deepcopy(teacher)
         restore_rotary(teacher)  # widened, frequencies that were rounded would pass for exact ones
         teacher.to(working)  # type: ignore[arg-type]
@@ -144,6 +147,7 @@ def run(
     config = _with_budget(config, method)
     if not config.data:
         raise BimosError("no training text: give --data a txt, jsonl or parquet file, a Hub dataset, or 'self'")
+    _check_low_memory(config, evaluate)
     for name in evaluate:
         load_text(name)  # before the work, not after it
     if not resume:
@@ -280,6 +284,16 @@ def _with_budget(config: RunConfig, method: MethodConfig) -> RunConfig:
 
 def _load(model: str | Path, config: RunConfig) -> tuple[PreTrainedModel, Any]:
     return load_mapped(model, native.fast_dtype(torch.bfloat16)) if config.low_memory else load_teacher(model)
+
+
+def _check_low_memory(config: RunConfig, evaluate: Sequence[str] = ()) -> None:
+    """Raises BimosError: what would need the whole teacher at once."""
+    if config.low_memory and evaluate:
+        raise BimosError(
+            "--low-memory does not hold the whole model, and --ppl measures it: leave --ppl out, and use bimos eval afterwards"
+        )
+    if config.low_memory and any(source.kind == "self" for source in parse_sources(config.data)):
+        raise BimosError("--low-memory does not hold the whole model, which would have to write the text of 'self'; give other --data")
 
 
 def _working_dtype(teacher: PreTrainedModel) -> torch.dtype:

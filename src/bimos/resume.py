@@ -22,7 +22,7 @@ from bimos.training.data import TokenStream
 
 WORK = "work"
 # What a run was that does not say so, being begun before there was the key.
-UNSAID = {"distill": {"int8_teacher": False, "expert_share": 1.0}}
+UNSAID = {"low_memory": False, "distill": {"int8_teacher": False, "expert_share": 1.0}}
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -59,7 +59,10 @@ def read_run(output: Path) -> dict[str, Any]:
         known = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(known, dict) and {"model", "weights", "config", "evaluate"} <= known.keys():
             said = known["config"]
-            return known | {"config": {**said, **{stage: {**values, **said.get(stage, {})} for stage, values in UNSAID.items()}}}
+            unsaid = {
+                key: {**value, **said.get(key, {})} if isinstance(value, dict) else said.get(key, value) for key, value in UNSAID.items()
+            }
+            return known | {"config": {**said, **unsaid}}
     raise BimosError(f"'{path}' is damaged; start anew with --overwrite")
 
 

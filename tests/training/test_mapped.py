@@ -14,8 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from bimos import BimosError
 from bimos.config import RunConfig
+from bimos.methods import method_config
 from bimos.models import decoder_blocks, load_teacher
-from bimos.quantize import plan, run
+from bimos.quantize import plan, quantize, run
+from bimos.training import blockwise
 from bimos.training.mapped import mapped_ranges, release
 
 TEACHERS: dict[str, dict[str, Any]] = {
@@ -59,12 +61,16 @@ def test_the_same_model(
     text_file: Path,
     tmp_path: Path,
     request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     request.getfixturevalue(processor)
+    given: list[int] = []
+    monkeypatch.setattr(blockwise, "release", lambda module: given.append(release(module)) or given[-1])
     model = saved(kind, dtype, tokenizer, tmp_path / "teacher")
     run(model, tmp_path / "whole", options(text_file, distill={"enabled": False}))
     result = run(model, tmp_path / "mapped", options(text_file, low_memory=True))
     assert [stage["name"] for stage in result["stages"]] == ["blocks"]
+    assert len(given) == 3 and (given[0] == given[1] + given[2] > 0 or sys.platform != "linux")  # all at first, then block by block
     whole, mapped = tensors(tmp_path / "whole"), tensors(tmp_path / "mapped")
     assert whole.keys() == mapped.keys()
     for name, tensor in whole.items():
@@ -112,11 +118,40 @@ def test_it_takes_less(tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_
 
 @pytest.mark.parametrize(
     ("more", "fragment"),
-    [({"tokens": 64}, "leave out --tokens"), ({"distill": {"enabled": True}}, "distillation trains the whole model")],
+    [({"tokens": 64}, "leave out tokens"), ({"distill": {"enabled": True}}, "distillation trains the whole model")],
 )
 def test_no_distillation(more: dict[str, Any], fragment: str, text_file: Path) -> None:
     with pytest.raises(BimosError, match=fragment):
         options(text_file, low_memory=True, **more)
+
+
+@pytest.mark.parametrize("method", ["gptq2", "sign"])
+def test_links_and_other_methods(method: str, tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path) -> None:
+    """As in the Hub's cache, where names of files are links to blobs without a suffix; a float16 model of one block."""
+    directory = saved("llama", torch.float16, tokenizer, tmp_path / "teacher", num_hidden_layers=1)
+    (tmp_path / "blobs").mkdir()
+    for number, path in enumerate(sorted(directory.glob("*.safetensors"))):
+        path.rename(tmp_path / "blobs" / str(number))
+        path.symlink_to(tmp_path / "blobs" / str(number))
+    teacher, _ = load_teacher(directory, "auto")
+    assert release(teacher) > 0 or sys.platform != "linux"
+    run(directory, tmp_path / "out", options(text_file, method=method, low_memory=True))
+    assert tensors(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("more", "evaluate", "fragment"), [({}, True, "bimos eval afterwards"), ({"data": "self"}, False, "give other --data")]
+)
+def test_nothing_that_needs_all_of_it(more: dict[str, Any], evaluate: bool, fragment: str, text_file: Path, tmp_path: Path) -> None:
+    texts = [str(text_file)] if evaluate else []
+    with pytest.raises(BimosError, match=fragment):
+        run(tmp_path / "model", tmp_path / "out", options(text_file, low_memory=True, **more), evaluate=texts)
+
+
+def test_no_loaded_model(tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path) -> None:
+    model, _ = load_teacher(saved("llama", torch.bfloat16, tokenizer, tmp_path))
+    with pytest.raises(BimosError, match="not a model that is loaded"):
+        quantize(model, method_config("sign"), data=str(text_file), tokenizer=tokenizer, low_memory=True)
 
 
 def test_no_gguf(text_file: Path, tmp_path: Path) -> None:

@@ -89,8 +89,8 @@ def _each_block(
     lanes: Lanes,
 ) -> dict[str, Any]:
     prefix, blocks = decoder_blocks(teacher)
-    if config.low_memory:
-        release(blocks)  # read when the model was loaded
+    if config.low_memory and not release(blocks):  # read when the model was loaded
+        progress.note("this model's weights are not mapped from .safetensors files here: all of them stay in memory")
     reset_peak()
     directory.mkdir(parents=True, exist_ok=True)
     dtype = native.fast_dtype(torch.bfloat16)

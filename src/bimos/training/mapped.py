@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from bimos.errors import BimosError
 from bimos.models import decoder_blocks, load_teacher
 
-SUFFIX = ".safetensors"
+SUFFIX, HUB = ".safetensors", "/blobs/"  # of files, and where those of the Hub lie that links with names lead to
 KEPT = torch.bfloat16  # what weights are rounded to, as a teacher's in memory are (`load_teacher`)
 
 
@@ -31,7 +31,7 @@ def load_mapped(model: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel,
     """Teacher and tokenizer, weights as they are in the files; what is neither in a block nor an embedding in `dtype`.
 
     Raises:
-        BimosError: see `load_teacher`; or a file whose weights cannot be mapped.
+        BimosError: see `load_teacher`; or a file that is not mapped.
     """
     if str(model).endswith(".gguf"):
         raise BimosError(f"'{model}' has to be dequantised as a whole: leave out --low-memory, or save it as safetensors first")
@@ -51,14 +51,17 @@ def mapped_ranges() -> list[tuple[int, int]]:
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
             addresses, *_, name = line.split(maxsplit=5)
-            if name.endswith(SUFFIX):
+            if name.rstrip("\n").endswith(SUFFIX) or HUB in name:
                 first, last = (int(address, 16) for address in addresses.split("-"))
                 found.append((first, last))
     return found
 
 
 def release(module: nn.Module) -> int:
-    """Give back the memory of the parameters of `module` that are mapped and as they were in their file; how many bytes they have."""
+    """Give back the memory of the parameters of `module` that are mapped; how many bytes they have.
+
+    They must be as they were in their file: what was written to them is lost.
+    """
     ranges, freed = mapped_ranges(), 0
     for parameter in module.parameters():
         first = parameter.data_ptr()

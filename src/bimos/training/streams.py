@@ -66,6 +66,7 @@ def capture(model: nn.Module, windows: Tensor, instead: nn.Module | None = None)
 
     hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     hooks.append(blocks[0].register_forward_hook(lambda module, args, output: given.append(output)))
+    own = [block.__dict__.get("forward") for block in blocks]
     for block in blocks[1:]:
         block.forward = hand_on
     if instead is not None:
@@ -76,8 +77,10 @@ def capture(model: nn.Module, windows: Tensor, instead: nn.Module | None = None)
     finally:
         for hook in hooks:
             hook.remove()
-        for block in blocks:
+        for block, forward in zip(blocks, own, strict=True):
             block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
     return first[0], calls
 
 
