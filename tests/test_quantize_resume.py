@@ -99,6 +99,7 @@ def test_a_run_that_was_begun_before_there_was_a_key(stopped: Path, teacher_dire
     known = json.loads((stopped / WORK / "run.json").read_text())
     for key in ("int8_teacher", "expert_share"):
         del known["config"]["distill"][key]
+    del known["config"]["low_memory"]
     (stopped / WORK / "run.json").write_text(json.dumps(known))
     distill = run(teacher_directory, stopped, None, resume=True)["config"]["distill"]
     assert distill["int8_teacher"] is False and distill["expert_share"] == 1

@@ -58,7 +58,7 @@ def read_run(output: Path) -> dict[str, Any]:
     with contextlib.suppress(ValueError, TypeError):
         known = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(known, dict) and {"model", "weights", "config", "evaluate"} <= known.keys():
-            said = known["config"]
+            said = {**known["config"]}
             unsaid = {
                 key: {**value, **said.get(key, {})} if isinstance(value, dict) else said.get(key, value) for key, value in UNSAID.items()
             }
