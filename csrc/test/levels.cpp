@@ -1,5 +1,5 @@
-// Every level that this processor has against sums in double (what training has: against the plain level), without Python: for emulated
-// processors (`make emulate`).
+// Every level that this processor has against sums in double (what training and the engine have besides: against the plain level),
+// without Python: for emulated processors (`make emulate`).
 //
 //   levels [NAME]    exits with 1 where a product is off, or where the highest level is not NAME
 #include <algorithm>
@@ -128,8 +128,9 @@ int main(int argc, char** argv) {
         for (const int tokens : {1, 2, 3, 4})
           for (const bool four_bits : {false, true}) worst = std::max(worst, error_of_rows(bimos::level(), four_bits, n, count, tokens));
     const double training = training_difference(name);
-    std::printf("%-7s relative error %.1e, in training %.1e\n", name, worst, training);
-    if (!(worst < 1e-4 && training < 1e-4)) failed = 1;
+    const double engine = engine_difference(name);
+    std::printf("%-7s relative error %.1e, in training %.1e, in the engine %.1e\n", name, worst, training, engine);
+    if (!(worst < 1e-4 && training < 1e-4 && engine < 1e-4)) failed = 1;
   }
   return failed;
 }

@@ -1,11 +1,8 @@
 #include "training.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <random>
 #include <vector>
 
 #include "../divergence.h"
@@ -15,18 +12,9 @@
 #include "../norm.h"
 #include "../signs.h"
 #include "../silu.h"
+#include "results.h"
 
 namespace {
-
-using Floats = std::vector<float>;
-
-Floats random_floats(int64_t count, unsigned seed, float scale = 1) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  Floats values(static_cast<size_t>(count));
-  for (auto& value : values) value = scale * normal(random);
-  return values;
-}
 
 using Bits = std::vector<uint16_t>;  // bfloat16: the upper halves
 
@@ -47,26 +35,6 @@ Floats floats_of(const Bits& halves) {
     std::memcpy(&values[i], &bits, 4);
   }
   return values;
-}
-
-// What a kernel writes, one after the other, for a level by its name.
-using Results = std::function<Floats(const char*)>;
-
-double difference(const Results& results, const char* level) {
-  const Floats plain = results("scalar"), other = results(level);
-  double off = 0, size = 0;
-  for (size_t i = 0; i < plain.size(); ++i) {
-    if (!std::isfinite(plain[i]) || !std::isfinite(other[i])) return 1;
-    off += (other[i] - plain[i]) * (other[i] - plain[i]);
-    size += plain[i] * plain[i];
-  }
-  return size > 0 ? std::sqrt(off / size) : 1;
-}
-
-Floats joined(std::initializer_list<const Floats*> parts) {
-  Floats all;
-  for (const Floats* part : parts) all.insert(all.end(), part->begin(), part->end());
-  return all;
 }
 
 Results norms(int64_t n) {
