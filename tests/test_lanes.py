@@ -15,8 +15,8 @@ from bimos.lanes import Lanes
 from bimos.methods import method_config
 from bimos.methods.ste import SharedSigns, sign_ste
 from bimos.models import convertible_linears
+from bimos.training.distillation import Distillation
 from bimos.training.student import binarize
-from bimos.training.trainer import Distillation
 
 CPU = torch.device("cpu")
 

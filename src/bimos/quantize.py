@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import shutil
 import tempfile
 import time
@@ -33,18 +34,20 @@ from bimos.packing.checkpoint import check_output, save_packed
 from bimos.packing.embedding import quantize_embeddings
 from bimos.packing.hf import pack_model, restore_rotary
 from bimos.packing.sizes import size_report
+from bimos.processes import ALONE, Processes, current
 from bimos.resume import WORK, check_same_run, check_same_text, fingerprint, read_run, remembered, settle
 from bimos.training.blockwise import load_blocks, reconstruct_blocks
 from bimos.training.budget import Budget
 from bimos.training.data import TokenStream
+from bimos.training.distillation import NumberedWindows
 from bimos.training.estimate import peak_memory
 from bimos.training.mapped import load_mapped
 from bimos.training.memory import peak_bytes, reset_peak
 from bimos.training.progress import Progress
 from bimos.training.sources import parse_sources
-from bimos.training.student import uninitialised_student
+from bimos.training.student import load_tensors, load_trained, uninitialised_student
 from bimos.training.teacher import TopKCache
-from bimos.training.trainer import NumberedWindows, distill
+from bimos.training.trainer import checkpoints, distill
 
 DEFAULT_MINUTES = 60.0
 ENDLESS = 10**9  # windows of a stage whose end the clock decides
@@ -87,6 +90,8 @@ def quantize(
     Raises:
         BimosError: see `run`.
     """
+    if current().count > 1:
+        raise BimosError("bimos.quantize works in one process; with several, run `bimos quantize` or bimos.run")
     values = {"method": method.name, "options": method.to_dict(), "data": data, **options}
     config = _with_budget(RunConfig.from_dict(values, "bimos.quantize"), method)
     if isinstance(model, PreTrainedModel):
@@ -133,54 +138,69 @@ def run(
         The result as in the JSON of `bimos quantize`; also left as `result.json` and `report.html` in `output`.
 
     Raises:
-        BimosError: bad input, an output that may not be written, or a run to resume that is not there or is another.
+        BimosError: bad input, an output that may not be written, or a run to resume that is not there or is another; another process
+            of this run has ended.
     """
+    processes = current()
+    with processes.guarded():
+        console = console if processes.is_first else None
+        return _run(model, Path(output).expanduser(), config, resume, overwrite, console, evaluate, processes)
+
+
+def _run(
+    model: str | Path,
+    output: Path,
+    config: RunConfig | None,
+    resume: bool,
+    overwrite: bool,
+    console: Console | None,
+    evaluate: Sequence[str],
+    processes: Processes,
+) -> dict[str, Any]:
     began = time.monotonic()
-    output = Path(output).expanduser()
     work = output / WORK
-    settle(output)
-    if resume:
-        evaluate = evaluate or read_run(output)["evaluate"]
-        config = config or RunConfig.from_dict(remembered(output), str(work / "run.json"))
-    config = config or RunConfig()
+    config, evaluate = processes.first(functools.partial(_settled, model, output, config, resume, overwrite, evaluate))
     method = method_config(config.method, config.options)
-    config = _with_budget(config, method)
-    if not config.data:
-        raise BimosError("no training text: give --data a txt, jsonl or parquet file, a Hub dataset, or 'self'")
-    _check_low_memory(config, evaluate)
-    for name in evaluate:
-        load_text(name)  # before the work, not after it
-    if not resume:
-        if (work / "run.json").exists() and not overwrite:
-            raise BimosError(f"'{output}' is not empty: it holds an interrupted run; --resume goes on with it, --overwrite starts anew")
-        texts = [file for source in parse_sources(config.data) for file in source.files]
-        check_output(output, overwrite, [model, *texts, *evaluate])
-    if resume:
-        check_same_run(output, read_run(output), str(model), config)
-    else:
-        if work.exists() and not (work / "run.json").exists():
-            raise BimosError(f"'{work}' is where the run would keep its work, and holds something else; name another output directory")
+    for size, key in ((config.blocks.batch_size, "blocks.batch_size"), (config.distill.batch_size, "distill.batch_size")):
+        processes.divided(size, key)
+    if processes.count > 1 and any(source.kind == "self" for source in parse_sources(config.data)):
+        raise BimosError("text of 'self' is written by one process; write it with `bimos quantize` in one, or give other --data")
     teacher, tokenizer = _load(model, config)
     _check_fit(teacher, method, config)
     facts = {"model": str(model), "weights": fingerprint(teacher), "config": config.to_dict(), "evaluate": list(evaluate)}
-    if resume and read_run(output)["weights"] != facts["weights"]:
-        raise BimosError(f"'{model}' has other weights than the run in '{output}' was started with; start anew with --overwrite")
-    if not resume:
-        shutil.rmtree(work, ignore_errors=True)
-        try:
-            work.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BimosError(f"cannot write to '{output}': {error.strerror}; name another output directory") from None
-    write_json(work / "run.json", facts)
+    processes.first(lambda: _write_run(output, facts, resume))
     try:
-        student, stages = _train(teacher, tokenizer, config, work, console, started=began)
+        student, stages = _train(teacher, tokenizer, config, work, console, started=began, processes=processes)
     except BimosError:
-        if not any(work.glob("tokens/*/tokens.bin")):  # a false start: nothing to resume, so nothing in the way of the next try
+        if processes.is_first and not any(work.glob("tokens/*/tokens.bin")):  # a false start: nothing to resume, so nothing in the way
             shutil.rmtree(work, ignore_errors=True)
             with contextlib.suppress(OSError):
                 output.rmdir()
         raise
 
+    def finish() -> dict[str, Any]:
+        models = teacher, student
+        if processes.count > 1 and config.settled(method.trained).distill.enabled:  # both are in parts
+            whole, _ = _load(model, config)
+            models = whole, _gathered(whole, method, config, work)
+        return _finish(*models, tokenizer, output, config, facts, stages, began, console)
+
+    return processes.first(finish)
+
+
+def _finish(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    tokenizer: Any,
+    output: Path,
+    config: RunConfig,
+    facts: dict[str, Any],
+    stages: list[dict[str, Any]],
+    began: float,
+    console: Console | None,
+) -> dict[str, Any]:
+    """Pack, measure and save what was trained; the result."""
+    model, evaluate, work, method = facts["model"], facts["evaluate"], output / WORK, method_config(config.method, config.options)
     quality: dict[str, Any] = {}
     student = pack_model(student, method=config.method, options=method.to_dict(), embedding_bits=16, dtype=torch.bfloat16)
     change = _embedding_change(student, tokenizer, evaluate, config.embedding_bits)
@@ -193,7 +213,7 @@ def run(
                 quality.setdefault(name, measured.to_dict() if role == "value" else {})
                 quality[name][role] = measured.value
     card = {
-        "base_model": str(model),
+        "base_model": model,
         "recipe": {
             key: value
             for key, value in config.to_dict().items()
@@ -205,7 +225,7 @@ def run(
     }
     save_packed(student, tokenizer, output, overwrite=True, card=card)
     result = {
-        "model": str(model),
+        "model": model,
         "method": config.method,
         "config": config.to_dict(),
         **size_report(output),
@@ -225,35 +245,96 @@ def run(
     return result
 
 
+def _settled(
+    model: str | Path, output: Path, config: RunConfig | None, resume: bool, overwrite: bool, evaluate: Sequence[str]
+) -> tuple[RunConfig, list[str]]:
+    """What a run is to do, all of it checked that can be without its model, and an output directory that may be written."""
+    work = output / WORK
+    settle(output)
+    if resume:
+        evaluate = evaluate or read_run(output)["evaluate"]
+        config = config or RunConfig.from_dict(remembered(output), str(work / "run.json"))
+    config = config or RunConfig()
+    config = _with_budget(config, method_config(config.method, config.options))
+    if not config.data:
+        raise BimosError("no training text: give --data a txt, jsonl or parquet file, a Hub dataset, or 'self'")
+    _check_low_memory(config, evaluate)
+    for name in evaluate:
+        load_text(name)  # before the work, not after it
+    if resume:
+        check_same_run(output, read_run(output), str(model), config)
+        return config, list(evaluate)
+    if (work / "run.json").exists() and not overwrite:
+        raise BimosError(f"'{output}' is not empty: it holds an interrupted run; --resume goes on with it, --overwrite starts anew")
+    texts = [file for source in parse_sources(config.data) for file in source.files]
+    check_output(output, overwrite, [model, *texts, *evaluate])
+    if work.exists() and not (work / "run.json").exists():
+        raise BimosError(f"'{work}' is where the run would keep its work, and holds something else; name another output directory")
+    return config, list(evaluate)
+
+
+def _write_run(output: Path, facts: dict[str, Any], resume: bool) -> None:
+    """Leave what the run is in its work folder. Raises BimosError: one to resume is of other weights, or there is no writing."""
+    work = output / WORK
+    if resume and read_run(output)["weights"] != facts["weights"]:
+        raise BimosError(f"'{facts['model']}' has other weights than the run in '{output}' was started with; start anew with --overwrite")
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BimosError(f"cannot write to '{output}': {error.strerror}; name another output directory") from None
+    write_json(work / "run.json", facts)
+
+
+def _gathered(teacher: PreTrainedModel, method: MethodConfig, config: RunConfig, work: Path) -> PreTrainedModel:
+    """The student as the newest checkpoint of the distillation has it."""
+    student = uninitialised_student(teacher, method, config.skip)
+    load_blocks(student, work / "blocks")
+    tensors, _ = load_tensors(checkpoints(work / "distill")[-1] / "trained.safetensors")
+    load_trained(student, {name.removeprefix("student."): tensor for name, tensor in tensors.items()})
+    return student  # type: ignore[return-value]
+
+
 def _train(
-    teacher: PreTrainedModel, tokenizer: Any, config: RunConfig, work: Path, console: Console | None, started: float | None = None
+    teacher: PreTrainedModel,
+    tokenizer: Any,
+    config: RunConfig,
+    work: Path,
+    console: Console | None,
+    started: float | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
-    """The three stages; everything that survives a restart lies in `work`. Returns the trained student and the stages' reports."""
+    """The three stages; everything that survives a restart lies in `work`.
+
+    Returns:
+        The trained student and the stages' reports. Behind the distillation of several processes the student is in parts: `_gathered`.
+    """
     started = time.monotonic() if started is None else started
     method = method_config(config.method, config.options)
     config = config.settled(method.trained)
     length = config.sequence_length
     stream = TokenStream(config.data, tokenizer, length, config.seed, work / "tokens", teacher=teacher)
-    check_same_text(stream, work / "text.json")
+    processes.first(lambda: check_same_text(stream, work / "text.json"))
     calibration = _whole_batches(config.blocks.tokens // length, config.blocks.batch_size)
     if not config.blocks.enabled:  # a start from weights alone needs text for no more than to say how far off its blocks are
         calibration = _whole_batches(config.initialise.sequences if config.initialise.activation_aware else 1, config.blocks.batch_size)
     with Progress(console) as progress:
         progress.begin("reading text", 1)
-        stream.prepare(calibration, lambda done, total: progress.set(done / max(total, 1)))
+        processes.first(lambda: stream.prepare(calibration, lambda done, total: progress.set(done / max(total, 1))))
         windows = stream.batch(0, calibration)
         total = None if config.minutes is None else 60 * config.minutes
-        overhead = time.monotonic() - started
+        overhead = processes.agreed(time.monotonic() - started)
         share = config.blocks.share if config.distill.enabled else 1.0
         seconds = total * share if total is not None and config.blocks.enabled else None
-        report = reconstruct_blocks(teacher, windows, method, config, work / "blocks", progress, seconds)
+        report = reconstruct_blocks(teacher, windows, method, config, work / "blocks", progress, seconds, processes)
         student = uninitialised_student(teacher, method, config.skip)
         load_blocks(student, work / "blocks")
         stages = [report]
         if config.distill.enabled:
             reset_peak()
             # Whichever is more: blocks of an earlier process, or what this one has also done between the stages.
-            spent = max(report["seconds"] + overhead, time.monotonic() - started)
+            spent = processes.agreed(max(report["seconds"] + overhead, time.monotonic() - started))
             budget = Budget(tokens=config.tokens) if total is None else Budget(seconds=max(1.0, total - spent))
             steps = config.distill.batch_size * config.distill.accumulate
             count = ENDLESS if config.tokens is None else _whole_batches(-(-config.tokens // length), steps)
@@ -262,11 +343,12 @@ def _train(
             cache = None
             if config.distill.teacher == "cached":
                 vocabulary = teacher.config.get_text_config().vocab_size
-                cache = TopKCache(work / "logits", distinct or count, length, min(config.distill.top_k, vocabulary), vocabulary)
+                shape = distinct or count, length, min(config.distill.top_k, vocabulary), vocabulary
+                processes.first(lambda: TopKCache(work / "logits", *shape).close())  # made by one; opened by all
+                cache = TopKCache(work / "logits", *shape)
             data = NumberedWindows(stream.as_dataset(calibration, count), count, distinct, config.seed)
-            report = distill(
-                student, teacher, data, length, config.distill, budget, work / "distill", progress, cache, config.seed, config.loss
-            )
+            given = student, teacher, data, length, config.distill, budget, work / "distill", progress, cache, config.seed, config.loss
+            report = distill(*given, processes)
             stages.append({**report, "peak_memory_bytes": peak_bytes()})
     return student, stages  # type: ignore[return-value]
 

@@ -16,9 +16,9 @@ from bimos.kernels import native
 from bimos.methods import method_config
 from bimos.models import convertible_linears, load_model
 from bimos.training import losses
+from bimos.training.distillation import Distillation
 from bimos.training.losses import Deviation, chunk_rows, hidden_state_loss, kl_from_hidden, kl_from_top_k, relative_error
 from bimos.training.student import binarize
-from bimos.training.trainer import Distillation
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 2, 25, 16, 101
 

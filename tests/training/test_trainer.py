@@ -24,11 +24,12 @@ from bimos.models import convertible_linears
 from bimos.training import trainer as module
 from bimos.training.blockwise import load_blocks
 from bimos.training.budget import Budget
-from bimos.training.optimizer import build_optimizer
+from bimos.training.distillation import Distillation, NumberedWindows
+from bimos.training.optimizer import adamw
 from bimos.training.progress import Progress
 from bimos.training.student import binarize
 from bimos.training.teacher import TopKCache
-from bimos.training.trainer import COMPLETE, Distillation, NumberedWindows, checkpoints, distill
+from bimos.training.trainer import COMPLETE, checkpoints, distill
 
 LENGTH, STEP = 16, 64  # tokens of a window, and of a step of four
 METHOD = method_config("binarymos", {"num_experts": 2})
@@ -158,9 +159,9 @@ def test_accumulated_batches_are_one_batch(tmp_path: Path, monkeypatch: pytest.M
     """Told by plain gradient descent: Adam would hide a gradient of the wrong size."""
 
     def descent(*arguments: Any) -> torch.optim.Optimizer:
-        return torch.optim.SGD(build_optimizer(*arguments).param_groups)
+        return torch.optim.SGD(adamw(*arguments).param_groups)
 
-    monkeypatch.setattr(module, "build_optimizer", descent)
+    monkeypatch.setattr(module, "adamw", descent)
     teacher = llama()
     students = []
     for accumulate, batch in ((1, 4), (4, 1), (2, 2)):
@@ -183,7 +184,7 @@ def test_clipping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int)
             gradients = [p.grad for group in self.param_groups for p in group["params"]]
             seen.append(torch.nn.utils.get_total_norm(gradients).item())
 
-    monkeypatch.setattr(module, "build_optimizer", lambda *arguments: Watching(build_optimizer(*arguments).param_groups))
+    monkeypatch.setattr(module, "adamw", lambda *arguments: Watching(adamw(*arguments).param_groups))
     for number, clip in enumerate((1e-3, 1e9)):
         run(tmp_path / str(number), student_of(llama()), llama(), steps=1, clip=clip)
     assert seen[0] == pytest.approx(1e-3, rel=1e-3) and seen[1] > 1e-2

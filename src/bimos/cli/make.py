@@ -68,6 +68,7 @@ def quantize(
     if "tokens" in given or "minutes" in given:
         given = {"tokens": None, "minutes": None} | given  # a budget given here replaces the file's, in whichever unit
     quiet()
+    from bimos.processes import current
     from bimos.quantize import plan, run
     from bimos.resume import remembered
 
@@ -82,6 +83,8 @@ def quantize(
     else:
         texts = show.split(ppl)
         result = run(model, output, run_config, resume=resume, overwrite=overwrite, console=out, evaluate=texts)
+        if not current().is_first:  # one of several processes tells of it
+            return
         show.sizes(out, result)
         show.perplexities(out, result)
         out.print(f"written to {output}")

@@ -5,6 +5,9 @@ and scales are trained on the relative error of the block's output (compare BREC
 block; the student's own inputs let a block mend what the blocks before it broke). Memory: the teacher (with `low_memory` one block of
 it, `mapped`), one block in training, and two streams of hidden states. A finished block goes to disk as `block-000.safetensors`; a
 run that was killed begins again at the first one missing, after sending both streams through the blocks that are done.
+
+With several processes each has its part of every batch: of the streams, of the sums that a start is made from, and of every step, whose
+gradients are averaged.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from bimos.lanes import LANES, Lanes
 from bimos.methods.base import MethodConfig, TrainableLinear
 from bimos.methods.ste import SharedSigns
 from bimos.models import convertible_linears, decoder_blocks
+from bimos.processes import ALONE, Clock, Processes
 from bimos.training.budget import Budget, schedule
 from bimos.training.fused import fused
 from bimos.training.initialise import initialise_block
@@ -56,7 +60,14 @@ def load_blocks(student: nn.Module, directory: Path) -> None:
 
 
 def reconstruct_blocks(
-    teacher: nn.Module, windows: Tensor, method: MethodConfig, config: RunConfig, directory: Path, progress: Progress, seconds: float | None
+    teacher: nn.Module,
+    windows: Tensor,
+    method: MethodConfig,
+    config: RunConfig,
+    directory: Path,
+    progress: Progress,
+    seconds: float | None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Initialise and reconstruct every block; leaves their files in `directory`.
 
@@ -66,15 +77,17 @@ def reconstruct_blocks(
             many sequences as the config asks for and so many epochs on them, the blocks after the first see fewer, all of them about the
             same number: as many as fit with their epochs, or `TRAINED` tokens with what training there is time for, or, where not even
             a start fits on those, as many as that can see, without training.
+        processes: between which the work is divided.
 
     Returns:
         The stage's report: tokens, seconds, tokens per second and block, peak memory, first and last error of every block.
     """
-    size = min(config.blocks.batch_size, len(windows))
+    size = processes.divided(min(config.blocks.batch_size, len(windows)), "blocks.batch_size")
+    windows = processes.share(windows, size * processes.count)
     lanes = Lanes(size if size % LANES == 0 else 1, windows.device)  # both lanes call blocks with the same number of rows
     dtype = native.fast_dtype(torch.bfloat16) if config.low_memory else None
     with fused(teacher, dtype=dtype), lanes:
-        return _each_block(teacher, windows, method, config, directory, progress, seconds, size, lanes)
+        return _each_block(teacher, windows, method, config, directory, progress, seconds, size, lanes, processes)
 
 
 def _each_block(
@@ -87,7 +100,9 @@ def _each_block(
     seconds: float | None,
     size: int,
     lanes: Lanes,
+    processes: Processes,
 ) -> dict[str, Any]:
+    """`windows` and `size` are this process's."""
     prefix, blocks = decoder_blocks(teacher)
     if config.low_memory and not release(blocks):  # read when the model was loaded
         progress.note("this model's weights are not mapped from .safetensors files here: all of them stay in memory")
@@ -122,40 +137,44 @@ def _each_block(
         else:
             start = time.monotonic()
             left = None if seconds is None else max(0.0, (seconds - worked) / (len(blocks) - index))
-            if len(stream) < len(windows) and stream.shape[:-1].numel() < TRAINED:
+            if len(stream) < len(windows) and processes.count * stream.shape[:-1].numel() < TRAINED:
                 left = 0.0
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
             solving, behind = initialise_block(
-                block, trainable, local, call, (stream, student_stream), size, method, config.initialise, generator, lanes
+                block, trainable, local, call, (stream, student_stream), size, method, config.initialise, generator, lanes, processes
             )
             stream = advance(block, call, stream, size, stream, lanes) if behind is None else behind
             del behind
             training = time.monotonic()
-            entry = _reconstruct(trainable, index, lanes, lane_call, student_stream, stream, config, generator, left, start, progress)
+            entry = _reconstruct(
+                trainable, index, lanes, lane_call, student_stream, stream, config, generator, left, start, progress, processes
+            )
             going_on = time.monotonic()
             training = going_on - training
             advance(trainable, call, student_stream, size, student_stream, lanes)
             done = time.monotonic()
-            entry["seconds"] = done - start
-            entry["next_sequences"] = float(len(stream))
+            entry["seconds"] = processes.agreed(done - start)
+            entry["next_sequences"] = float(processes.count * len(stream))
             if seconds is not None and index + 1 < len(blocks):
-                window = (done - going_on) / len(stream)
-                measuring = (going_on - start - training - solving) / min(len(stream), config.initialise.sequences)
+                count, together = processes.count * len(stream), processes.count * size
+                window = (done - going_on) / count
+                measuring = (going_on - start - training - solving) / min(count, config.initialise.sequences)
                 pace = Pace(solving, measuring + window, PASSES * window)
-                if entry["tokens"] >= WARM_STEPS * size * windows.shape[1]:
+                if entry["tokens"] >= WARM_STEPS * together * windows.shape[1]:
                     pace = pace._replace(training=training * windows.shape[1] / entry["tokens"])
-                entry["next_sequences"] = float(
-                    sequences_ahead(index, len(blocks), len(stream), size, seconds, worked + entry["seconds"], pace, config)
-                )
+                ahead = sequences_ahead(index, len(blocks), count, together, seconds, worked + entry["seconds"], pace, config)
+                entry["next_sequences"] = processes.agreed(float(ahead))
                 needed = worked + entry["seconds"] + pace.seconds(int(entry["next_sequences"])) * (len(blocks) - 1 - index)
                 if index == 1 and needed > LATE * seconds:  # the first one also warms up
                     taken = f"{len(blocks)} blocks take about {needed / 60:.1f} minutes on this machine"
                     progress.note(f"{taken}, the budget has {seconds / 60:.1f} for them: give it more --minutes")
             own = {name: tensor for name, tensor in trainable.state_dict().items() if _is_own(trainable, name)}
-            save_tensors(own, path, {key: repr(value) for key, value in entry.items()})
+            if processes.is_first:
+                save_tensors(own, path, {key: repr(value) for key, value in entry.items()})
+            processes.wait()
         if config.low_memory:
             release(stored)
-        kept = int(entry["next_sequences"])
+        kept = int(entry["next_sequences"]) // processes.count
         stream, student_stream = stream[:kept], student_stream[:kept]
         worked += entry["seconds"]
         trained_tokens += entry["tokens"]
@@ -213,6 +232,7 @@ def _reconstruct(
     seconds: float | None,
     start: float,
     progress: Progress,
+    processes: Processes,
 ) -> dict[str, float]:
     """Train one block in place; the errors of its first and last steps, and the tokens that it saw.
 
@@ -222,17 +242,20 @@ def _reconstruct(
     options, length = config.blocks, inputs.shape[1]
     layers = [layer for _, layer in trainable_layers(block)]
     trains = bool(layers) and decided(options.enabled, layers[0].config.trained)
-    size = min(options.batch_size, len(inputs))
+    size = min(options.batch_size // processes.count, len(inputs))
     rows_of_lane = size // lanes.count
     if not trains:
-        error = _error(block, call, inputs, targets, rows_of_lane)
+        error = processes.mean(_error(block, call, inputs, targets, rows_of_lane))
         return {"loss_first": error, "loss_last": error, "tokens": 0.0}
     optimizer = build_optimizer(
         block, {"latent": options.lr_latent, "scale": options.lr_scale, "router": options.lr_router}, (0.9, 0.95), 0.0
     )
-    total = options.epochs * len(inputs) * length
-    left = None if seconds is None else seconds - (time.monotonic() - start)
-    budget = Budget(tokens=total if left is None else None, seconds=left)
+    trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    together = size * processes.count
+    total = options.epochs * processes.count * len(inputs) * length
+    left = None if seconds is None else processes.agreed(seconds - (time.monotonic() - start))
+    clock = Clock(processes)
+    budget = Budget(tokens=total if left is None else None, seconds=left, clock=clock)
     budget.start()
     losses: list[float] = []
     is_bfloat16 = inputs.dtype == torch.bfloat16
@@ -244,25 +267,38 @@ def _reconstruct(
         return relative_error(output, targets)
 
     while (left is None or left > 0) and budget.progress() < 1 and budget.spent_tokens < total:
-        order = torch.randperm(len(inputs), generator=generator)
+        order = shuffled(len(inputs), size, processes, generator)
         for rows in batches(len(inputs), size):
+            clock.tick()
             rate = schedule("cosine", 0.05, max(budget.progress(), budget.spent_tokens / total))
             set_rate(optimizer, min(rate, (len(losses) + 1) / WARM_STEPS))
             with signs:
                 loss = lanes.backward(loss_of, {"inputs": inputs[order[rows]], "targets": targets[order[rows]]})
+            processes.average(parameter.grad for parameter in trained if parameter.grad is not None)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            budget.spent_tokens += size * length
-            losses.append(loss.item())
+            budget.spent_tokens += together * length
+            losses.append(processes.mean(loss.item()))
             if not math.isfinite(losses[-1]):
                 raise BimosError(f"block {index}: the loss is not finite; lower blocks.lr_latent and blocks.lr_scale; start anew")
-            progress.tick(size * length, loss=losses[-1])
+            progress.tick(together * length, loss=losses[-1])
             if budget.progress() >= 1:
                 break
     if not losses:  # the start took all the time
-        losses.append(_error(block, call, inputs, targets, rows_of_lane))
+        losses.append(processes.mean(_error(block, call, inputs, targets, rows_of_lane)))
     tail = max(1, len(losses) // 10)
     return {"loss_first": losses[0], "loss_last": sum(losses[-tail:]) / tail, "tokens": float(budget.spent_tokens)}
+
+
+def shuffled(count: int, size: int, processes: Processes, generator: torch.Generator) -> Tensor:
+    """An order `[count]` of this process's rows, batches of `size`.
+
+    Every row keeps its place in its batch, which decides whose it is: batches are the same for any number of processes.
+    """
+    orders = [torch.randperm(count // size, generator=generator) for _ in range(size * processes.count)]
+    first = processes.rank * size
+    mine = [place + size * order for place, order in enumerate(orders[first : first + size])]
+    return torch.stack(mine, 1).flatten()
 
 
 def _error(block: nn.Module, call: BlockCall, inputs: Tensor, targets: Tensor, size: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 
 
 @dataclasses.dataclass
@@ -12,21 +13,23 @@ class Budget:
     """Work done out of work allowed.
 
     Exactly one of `tokens` and `seconds` is set. Time spent before a restart counts (`spent_seconds`), time between does not.
+    `clock` gives seconds.
     """
 
     tokens: int | None = None
     seconds: float | None = None
     spent_tokens: int = 0
     spent_seconds: float = 0.0
+    clock: Callable[[], float] = time.monotonic
     _since: float | None = None
 
     def start(self) -> None:
-        self._since = time.monotonic()
+        self._since = self.clock()
 
     @property
     def elapsed(self) -> float:
         """Seconds of work, earlier runs included."""
-        return self.spent_seconds + (0.0 if self._since is None else time.monotonic() - self._since)
+        return self.spent_seconds + (0.0 if self._since is None else self.clock() - self._since)
 
     def progress(self) -> float:
         """Share of the budget that is used, in [0, 1]."""

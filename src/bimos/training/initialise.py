@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bimos.config import InitialiseConfig, decided
 from bimos.lanes import Lanes
 from bimos.methods.base import MethodConfig
+from bimos.processes import ALONE, Processes
 from bimos.training.measuring import Answers, Group, Measurement
 from bimos.training.streams import BlockCall
 from bimos.training.student import binarize
@@ -34,6 +35,7 @@ def initialise_block(
     config: InitialiseConfig,
     generator: torch.Generator,
     lanes: Lanes | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[float, Tensor | None]:
     """Replace the linears `names` of the block `student`, a copy of `teacher`, by trainable layers.
 
@@ -41,6 +43,7 @@ def initialise_block(
         streams: what enters the block in the teacher and in the student, `[n, T, d]` each.
         size: rows of a batch.
         lanes: in which batches, and linears with one input, go side by side; None for none.
+        processes: between which batches are divided: streams and `size` are this one's.
 
     Returns:
         Seconds of the work that takes as long for any number of sequences: all but sending them through the block; and what comes
@@ -49,29 +52,40 @@ def initialise_block(
     start = time.monotonic()
     if not config.activation_aware:
         binarize(student, names, method, {}, generator)
+        _same(student, names, processes)
         return time.monotonic() - start, None
     lanes = lanes or Lanes(1, streams[0].device)
     refit = decided(config.refit, method.trained)
-    rows = max(size, config.sequences - config.sequences % size)
+    every = size * processes.count
+    rows = max(every, config.sequences - config.sequences % every) // processes.count
     stream, student_stream = streams[0][:rows], streams[1][:rows]
-    groups = execution_groups(teacher, names, call, stream[:size])
+    groups = processes.first(lambda: execution_groups(teacher, names, call, stream[:size]))
     before = time.monotonic()
     answers = Answers(teacher, [group for group in groups if refit or group.residual], call, stream, size, lanes)
     reading = time.monotonic() - before
     writers: list[Group] = []
     for group in groups:
-        measured = Measurement(answers, student, group, list(writers), call)
+        measured = Measurement(answers, student, group, list(writers), call, processes)
         before = time.monotonic()
         measured.run(student_stream, size, lanes, refit)
         reading += time.monotonic() - before
         _begin(measured, student, group, method, refit, generator, lanes)
+        _same(student, list(group.names), processes)
         if group.residual:
             writers.append(group)
         del measured  # not to be held beside the next group's
     unseen = [name for name in names if not any(name in group.names for group in groups)]
     binarize(student, unseen, method, {}, generator)
+    _same(student, unseen, processes)
     behind = answers.behind if len(stream) == len(streams[0]) else None
     return time.monotonic() - start - reading, behind
+
+
+def _same(student: nn.Module, names: list[str], processes: Processes) -> None:
+    """The first process's layers in all: another machine's last bits would be other signs."""
+    for name in names:
+        layer = student.get_submodule(name)
+        processes.spread([tensor.data for tensor in (*layer.parameters(), *layer.buffers())])
 
 
 def _begin(

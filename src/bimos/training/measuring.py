@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bimos.lanes import Lanes
 from bimos.methods.base import InputStatistics
+from bimos.processes import ALONE, Processes
 from bimos.training.streams import BlockCall, Stop, batches
 
 RIDGE = 0.2  # of the mean second moment: what holds a refit weight to the teacher's
@@ -137,10 +138,14 @@ class Measurement:
 
     Args:
         writers: groups before this one that write to the residual stream.
+        processes: between which every batch of the streams is divided.
     """
 
-    def __init__(self, answers: Answers, student: nn.Module, group: Group, writers: list[Group], call: BlockCall) -> None:
+    def __init__(
+        self, answers: Answers, student: nn.Module, group: Group, writers: list[Group], call: BlockCall, processes: Processes = ALONE
+    ) -> None:
         self._answers, self._student, self._group, self._writers, self._call = answers, student, group, writers, call
+        self._processes = processes
         self._sums = _Sums()
 
     def run(self, stream: Tensor, size: int, lanes: Lanes, refit: bool = True) -> None:
@@ -149,7 +154,7 @@ class Measurement:
         wanted = [*self._writers, group] if group.residual else [group] if refit else []
         theirs, mine = Taps(self._answers.teacher, wanted), Taps(self._student, self._writers, group.names[0])
         rows = list(batches(len(stream), size))
-        samples = max(1, min(SAMPLES, MOST_SAMPLES // len(rows)))
+        samples = max(1, min(SAMPLES, MOST_SAMPLES // len(rows)) // self._processes.count)
 
         def lane(rows: list[slice]) -> _Sums:
             sums = _Sums()
@@ -162,6 +167,7 @@ class Measurement:
         with theirs, mine:
             for part in lanes.map(lane, [rows[start :: lanes.count] for start in range(min(lanes.count, len(rows)))]):
                 self._sums.add(part)
+        self._sums.gather(self._processes)
 
     def _add(
         self,
@@ -249,6 +255,17 @@ class _Sums:
         self.cross = {name: self.cross.get(name, 0.0) + cross for name, cross in other.cross.items()}
         self.sample += other.sample
         self.importance += other.importance
+
+    def gather(self, processes: Processes) -> None:
+        """Those of all processes: samples in the order in which one process would have taken them."""
+        if processes.count == 1:
+            return
+        weight = torch.tensor(self.weight, dtype=torch.float64, device=self.gram.device)
+        processes.add([self.gram, weight, *self.cross.values()])
+        self.weight = weight.item()
+        for parts in (self.sample, self.importance):
+            gathered = processes.together(torch.stack(parts))  # [process, batch, ...]
+            parts[:] = [batch.flatten(0, 1) for batch in gathered.transpose(0, 1)]
 
 
 def _bias(linear: Any) -> Any:

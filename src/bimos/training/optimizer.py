@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +41,19 @@ def experts_together(model: nn.Module, share: float) -> Iterator[None]:
     def hold(gradient: Tensor) -> Tensor:
         return torch.lerp(gradient.mean(0, keepdim=True), gradient, share)
 
-    layers = [module for module in model.modules() if isinstance(module, TrainableLinear)]
-    hooks = [scale.register_hook(hold) for layer in layers for scale in layer.experts() if scale.requires_grad and share < 1]
+    hooks: list[Any] = []
+    held: set[int] = set()
+    lock = threading.Lock()
+
+    def listen(layer: TrainableLinear, _: object) -> None:  # not before it runs: until then a sharded layer's parameters are others
+        with lock:
+            for scale in layer.experts():
+                if scale.requires_grad and id(scale) not in held:
+                    held.add(id(scale))
+                    hooks.append(scale.register_hook(hold))
+
+    layers = [module for module in model.modules() if isinstance(module, TrainableLinear) and share < 1]
+    hooks += [layer.register_forward_pre_hook(listen) for layer in layers]
     try:
         yield
     finally:
@@ -50,18 +63,29 @@ def experts_together(model: nn.Module, share: float) -> Iterator[None]:
 
 def build_optimizer(model: nn.Module, rates: dict[str, float], betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
     """AdamW on the roles that `rates` names; every other parameter stops requiring gradients. Norms are taken to float32."""
+    select(model, rates)
+    return adamw(model, rates, betas, weight_decay)
+
+
+def select(model: nn.Module, rates: dict[str, float]) -> None:
+    """Let the parameters of the roles that `rates` names require gradients, and no others. Norms are taken to float32."""
     groups = trained_parameters(model, norms="norm" in rates)
     model.requires_grad_(False)
-    chosen = []
-    for role, rate in rates.items():
-        if not groups[role]:
-            continue
+    for role in rates:
         for parameter in groups[role]:
             if role == "norm":
                 parameter.data = parameter.data.float().clone()
             parameter.requires_grad_(True)
-        decay = weight_decay if role == "latent" else 0.0
-        chosen.append({"params": groups[role], "lr": rate, "base_lr": rate, "role": role, "weight_decay": decay})
+
+
+def adamw(model: nn.Module, rates: dict[str, float], betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+    """AdamW on what was selected, a group for each role."""
+    groups = trained_parameters(model, norms="norm" in rates)
+    chosen = [
+        {"params": groups[role], "lr": rate, "base_lr": rate, "role": role, "weight_decay": weight_decay if role == "latent" else 0.0}
+        for role, rate in rates.items()
+        if groups[role]
+    ]
     return torch.optim.AdamW(chosen, betas=betas, fused=True)
 
 

@@ -78,6 +78,11 @@ class TopKCache:
         path = self.directory / name
         return np.memmap(path, dtype, "r+" if path.exists() else "w+", shape=shape)
 
+    def close(self) -> None:
+        """The files are on disk; the cache is not used any more."""
+        for file in (self._value, self._index, self._filled):
+            file.flush()
+
     def get(self, window: int) -> tuple[Tensor, Tensor] | None:
         """Log-probabilities and indices `[T, k]` of a window, or None if it was never put."""
         if not self._filled[window]:

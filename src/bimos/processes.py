@@ -1,0 +1,165 @@
+"""The processes that work on one run, as `torchrun` or `accelerate launch` starts them; by default this one alone.
+
+A batch is divided between them, so that a run does not depend on how many there are. What hangs on the time or on a file is decided by the
+first and told to the others: they would wait for each other for ever if one went another way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bimos.errors import BimosError
+
+PATIENCE = datetime.timedelta(hours=3)  # while one of them reads text, the others wait
+LOST = "another process of this run has ended; checkpoints are kept: start all of them again with --resume"
+BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL")  # of errors without a type of their own
+
+Result = TypeVar("Result")
+
+
+class Processes:
+    """Process `rank` of `count`. Every method but `share` and `divided` is called by all of them, in the same order."""
+
+    def __init__(self, rank: int = 0, count: int = 1, device: torch.device | None = None) -> None:
+        self.rank, self.count, self._device = rank, count, device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def divided(self, size: int, key: str) -> int:
+        """What a process has of a batch of `size`. Raises BimosError: it cannot be divided."""
+        if size % self.count:
+            above = self.count * -(-size // self.count)
+            raise BimosError(f"{key}={size} cannot be divided between {self.count} processes; --set {key}={above} can")
+        return size // self.count
+
+    def share(self, rows: Tensor, size: int) -> Tensor:
+        """This process's rows of every batch of `size`, one batch after the other."""
+        part = size // self.count
+        return rows if self.count == 1 else rows.unflatten(0, (-1, size))[:, self.rank * part : (self.rank + 1) * part].flatten(0, 1)
+
+    def first(self, function: Callable[[], Result]) -> Result:
+        """What `function` gives in the first process, where alone it is called; so is the BimosError that it raises."""
+        if self.count == 1:
+            return function()
+        answer: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                answer[0] = function()
+            except BimosError as error:
+                answer[1] = str(error)
+        dist.broadcast_object_list(answer, 0, device=self._device)
+        if answer[1] is not None:
+            raise BimosError(answer[1])
+        return answer[0]
+
+    def agreed(self, value: float) -> float:
+        """The first one's."""
+        return value if self.count == 1 else self._number(value, lambda tensor: dist.broadcast(tensor, 0))
+
+    def mean(self, value: float) -> float:
+        return value if self.count == 1 else self._number(value, dist.all_reduce) / self.count
+
+    def any(self, value: bool) -> bool:
+        return value if self.count == 1 else self._number(float(value), dist.all_reduce) > 0
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Sums over all processes, in place, the same bits in each."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Means over all processes, in place."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+                tensor.div_(self.count)
+
+    def spread(self, tensors: Iterable[Tensor]) -> None:
+        """The first one's values, in place."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def together(self, tensor: Tensor) -> Tensor:
+        """`[count, ..]`: that of every process, in order."""
+        if self.count == 1:
+            return tensor[None]
+        parts = [torch.empty_like(tensor) for _ in range(self.count)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts)
+
+    def wait(self) -> None:
+        """For all of them to come here."""
+        if self.count > 1:
+            dist.barrier()
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Within it, the end of another process is a BimosError, and so is the launcher's word to end for that reason."""
+        if self.count == 1:
+            yield
+            return
+
+        def told(*_: object) -> None:
+            raise BimosError(LOST)
+
+        is_main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, told) if is_main else None
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or any(sign in str(error) for sign in BROKEN):
+                raise BimosError(LOST) from error
+            raise
+        finally:
+            if is_main:
+                signal.signal(signal.SIGTERM, before)
+
+    def _number(self, value: float, collective: Callable[[Tensor], Any]) -> float:
+        tensor = torch.tensor(value, dtype=torch.float64, device=self._device)
+        collective(tensor)
+        return tensor.item()
+
+
+ALONE = Processes()
+
+
+class Clock:
+    """Seconds; with several processes the first one's, as of the last `tick`, so that what follows from them is the same in all."""
+
+    def __init__(self, processes: Processes = ALONE) -> None:
+        self._processes, self._now = processes, 0.0
+        self.tick()
+
+    def __call__(self) -> float:
+        return self._now if self._processes.count > 1 else time.monotonic()
+
+    def tick(self) -> None:
+        if self._processes.count > 1:
+            self._now = self._processes.agreed(time.monotonic())
+
+
+@functools.cache
+def current() -> Processes:
+    """The processes that this one was started with; the first call waits for all of them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        return ALONE
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    return Processes(state.process_index, state.num_processes, state.device)

@@ -1,0 +1,51 @@
+"""Weights, gradients and optimizer states divided between processes: FSDP2, block by block.
+
+Checkpoints are the same files for any number of processes: tensors are put together on the way to them, and divided on the way back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from bimos.models import decoder_blocks
+
+
+def shard(distillation: nn.Module, student: nn.Module, teacher: nn.Module | None) -> None:
+    """Divide the parameters of both, in place: they are whole while their block runs.
+
+    The teacher's embeddings and head, which are used outside its `forward`, stay whole.
+    """
+    for model in (student, teacher):
+        if model is not None:
+            for block in decoder_blocks(model)[1]:
+                fully_shard(block)
+    fully_shard(distillation)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, of which each process may hold a part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """`optimizer.state_dict()` as one process would have it; called by all of them."""
+    state = optimizer.state_dict()
+    return state | {"state": {key: {name: whole(value) for name, value in values.items()} for key, values in state["state"].items()}}
+
+
+def divided_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """`state`, which is whole, as this process's `optimizer.load_state_dict` takes it."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def divide(parameter: Tensor, value: Any) -> Any:
+        if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
+            return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+        return value
+
+    divided = {key: {name: divide(parameters[key], value) for name, value in values.items()} for key, values in state["state"].items()}
+    return state | {"state": divided}
