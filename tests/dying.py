@@ -44,7 +44,7 @@ def run(moment: int | None, counted: Path, model: Path, output: Path, config: di
             super().tick(tokens, loss)
             pass_one()
 
-    sys.modules["bimos.quantize"].Progress = Watched  # type: ignore[attr-defined]
+    sys.modules["bimos.stages"].Progress = Watched  # type: ignore[attr-defined]
     sys.addaudithook(on_event)
     quantize(model, output, None if resume else RunConfig.from_dict(config), resume=resume)
     counted.write_text(str(passed))

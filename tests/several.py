@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from bimos import BimosError
-from bimos.config import InitialiseConfig, RunConfig
+from bimos.config import DistillConfig, InitialiseConfig, RunConfig
 from bimos.methods import method_config
-from bimos.models import decoder_blocks, load_teacher
+from bimos.models import convertible_linears, decoder_blocks, load_teacher
 from bimos.processes import current
 from bimos.quantize import run as quantize
 from bimos.training import initialise
+from bimos.training.distillation import Distillation
+from bimos.training.optimizer import adamw, experts_together, select
 from bimos.training.progress import Progress
+from bimos.training.sharding import divided_state, shard, whole, whole_state
 from bimos.training.streams import capture, embed
+from bimos.training.student import binarize
 
 
 def join(rank: int, count: int, port: int) -> None:
@@ -51,7 +56,7 @@ def run(
             if (rank, passed) == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.modules["bimos.quantize"].Progress = Watched  # type: ignore[attr-defined]
+    sys.modules["bimos.stages"].Progress = Watched  # type: ignore[attr-defined]
     try:
         quantize(model, output, None if config is None else RunConfig.from_dict(config), resume=config is None)
     except BimosError as error:
@@ -72,14 +77,47 @@ def measure(rank: int, count: int, port: int, model: Path, windows: torch.Tensor
     call = capture(teacher, mine[:size])[1][0]
     statistics: dict[str, dict[str, torch.Tensor]] = {}
 
-    def binarize(module: object, names: list[str], method: object, seen: dict[str, Any], generator: object) -> None:
+    def record(module: object, names: list[str], method: object, seen: dict[str, Any], generator: object) -> None:
         for name in names:
             statistics[name] = {key: getattr(seen[name], key) for key in ("gram", "second_moment", "sample", "importance")}
 
-    initialise.binarize = binarize  # type: ignore[assignment]
+    initialise.binarize = record  # type: ignore[assignment]
     names = [name for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)]
     options = InitialiseConfig(sequences=len(windows), refit=False)
     arguments = names, call, (stream, stream.clone()), size, method_config("sign", {}), options, torch.Generator().manual_seed(0)
     initialise.initialise_block(block, copy.deepcopy(block), *arguments, processes=processes)
     if processes.is_first:
         torch.save(statistics, found)
+
+
+def step(rank: int, count: int, port: int, model: Path, batches: torch.Tensor, found: Path) -> None:
+    """Gradients of two accumulated batches `[2, B, T]`, divided; what the optimizer then holds, and holds again once it was saved and loaded."""
+    join(rank, count, port)
+    processes = current()
+    teacher, _ = load_teacher(model)
+    teacher.float()
+    student = copy.deepcopy(teacher)
+    names = list(convertible_linears(student, []))
+    binarize(student, names, method_config("binarymos", {"num_experts": 2}), {}, torch.Generator().manual_seed(0))
+    rates = {"latent": 1e-3, "scale": 1e-3, "router": 1e-3, "norm": 1e-3}
+    select(student, rates)
+    distillation = Distillation(student, teacher, DistillConfig(hidden_weight=0.1), None, None, processes)
+    if count > 1:
+        shard(distillation, student, teacher)
+    optimizer, again = (adamw(student, rates, (0.9, 0.95), 0.0) for _ in range(2))
+    with experts_together(student, 0.1):
+        for batch in batches:
+            mine = processes.share(batch, len(batch))
+            distillation(mine, torch.arange(len(mine)))["loss"].backward()
+    if count > 1:
+        divided = [parameter for block in decoder_blocks(teacher)[1] for parameter in block.parameters()]
+        assert all(isinstance(parameter, DTensor) for parameter in divided), "the teacher is whole again"
+    gradients = {name: whole(p.grad, True).clone() for name, p in student.named_parameters() if p.requires_grad}
+    optimizer.step()
+    state = whole_state(optimizer, True)
+    again.load_state_dict(divided_state(again, state))
+    if processes.is_first:
+        torch.save({"gradients": gradients, "state": state["state"]}, found)
+    restored = whole_state(again, True)["state"]
+    for key, values in state["state"].items():
+        assert all(torch.equal(value, restored[key][name]) for name, value in values.items())

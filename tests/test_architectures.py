@@ -62,14 +62,14 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What the stages report, which `quantize` keeps to itself."""
     found: list[dict[str, Any]] = []
     module = sys.modules["bimos.quantize"]
-    original = module._train
+    original = module.train
 
     def watch(*arguments: Any, **options: Any) -> Any:
         student, stages = original(*arguments, **options)
         found.extend(stages)
         return student, stages
 
-    monkeypatch.setattr(module, "_train", watch)
+    monkeypatch.setattr(module, "train", watch)
     return found
 
 

@@ -26,6 +26,7 @@ from bimos.training.blockwise import shuffled
 from bimos.training.trainer import checkpoints
 
 STEPS = 20
+DIVIDED = "cannot be divided between 2 processes: start as many as divide it, or --set distill.batch_size=4"
 LASTING = 300  # seconds for processes that wait for each other
 
 
@@ -134,6 +135,22 @@ def test_a_start_sees_what_one_process_sees(several: Several, teacher_directory:
             torch.testing.assert_close(found[count][name][key], value, rtol=1e-4, atol=1e-6, msg=f"{name} {key}")
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_gradients_and_states_of_several_are_those_of_one(several: Several, teacher_directory: Path, tmp_path: Path, count: int) -> None:
+    """By size, which Adam would hide; with experts held together, norms, hidden states and two batches to a step."""
+    batches = torch.randint(320, (2, 4, 16), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for processes in (1, count):
+        assert several.start("step", processes, teacher_directory, batches, tmp_path / str(processes)) == [0] * processes
+        found[processes] = torch.load(tmp_path / str(processes))
+    alone, divided = found[1]["gradients"], found[count]["gradients"]
+    assert {name.rpartition(".")[2] for name in alone} >= {"weight", "scale_in", "scale_out", "router"}
+    for name, expected in alone.items():
+        torch.testing.assert_close(divided[name], expected, rtol=2e-3, atol=1e-5 * expected.abs().max().item() + 1e-9, msg=name)
+    for key, values in found[1]["state"].items():
+        assert values.keys() == found[count]["state"][key].keys() and found[count]["state"][key]["step"] == values["step"] == 1
+
+
 def test_a_killed_process_ends_the_run_which_any_number_resumes(
     several: Several, teacher_directory: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -177,7 +194,7 @@ def test_cached_logits_of_several_processes(several: Several, teacher_directory:
 def test_what_several_processes_cannot_do(several: Several, teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
     config = settings(text_file, distill={"batch_size": 3})
     codes, said = several.run(2, teacher_directory, tmp_path / "batch", config)
-    assert codes == [2, 2] and set(said) == {"distill.batch_size=3 cannot be divided between 2 processes; --set distill.batch_size=4 can"}
+    assert codes == [2, 2] and set(said) == {f"distill.batch_size=3 {DIVIDED}"}
     codes, said = several.run(2, teacher_directory, tmp_path / "self", settings(text_file) | {"data": "self"})
     assert codes == [2, 2] and "text of 'self' is written by one process" in said[0]
     codes, said = several.run(2, teacher_directory, tmp_path / "none", settings(text_file) | {"data": "nowhere.txt"})
@@ -207,5 +224,5 @@ def test_shares_and_orders_for_any_number_of_processes() -> None:
         orders.append(mine[order].view(-1, part))
     assert sorted(orders[0].flatten().tolist()) == rows.tolist() and orders[0].flatten().tolist() != rows.tolist()
     assert torch.equal(torch.cat(orders[1:3], 1), orders[0]) and torch.equal(torch.cat(orders[3:], 1), orders[0])
-    with pytest.raises(BimosError, match="key=6 cannot be divided between 4 processes; --set key=8 can"):
+    with pytest.raises(BimosError, match="key=6 cannot be divided between 4 processes: start as many as divide it, or --set key=8"):
         Processes(0, 4).divided(6, "key")

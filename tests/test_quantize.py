@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bimos import stages
 from bimos.config import RunConfig
 from bimos.evaluation.perplexity import perplexity
 from bimos.methods import method_config
@@ -58,7 +59,7 @@ def test_budget_of_the_python_api(
         seen.append(config)
         raise InterruptedError
 
-    monkeypatch.setattr(module, "_train", stop)
+    monkeypatch.setattr(module, "train", stop)
     with pytest.raises(InterruptedError):
         module.quantize(teacher_directory, method_config("binarymos"), data="text.txt", sequence_length=32, **given)
     assert (seen[0].tokens, seen[0].minutes) == (tokens, minutes)
@@ -175,13 +176,13 @@ def test_a_start_from_weights_alone_reads_one_batch(
     aware: bool, expected: int, teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    original = module.reconstruct_blocks
+    original = stages.reconstruct_blocks
 
     def watch(teacher: Any, windows: torch.Tensor, *more: Any) -> dict[str, Any]:
         seen.append(len(windows))
         return original(teacher, windows, *more)
 
-    monkeypatch.setattr(module, "reconstruct_blocks", watch)
+    monkeypatch.setattr(stages, "reconstruct_blocks", watch)
     start = {"initialise": {"activation_aware": aware, "sequences": 6}, "blocks": {"enabled": False, "batch_size": 2}}
     run(teacher_directory, tmp_path / "out", config(text_file, tokens=128, **start))
     assert seen == [expected]
@@ -215,7 +216,7 @@ def test_the_start_of_post_training_methods_is_resumed(
     """What the start settled for good is in the blocks' files, too."""
     quick = {"method": "billm", "data": str(text_file), "sequence_length": 32, "initialise": {"sequences": 4}}
     run(teacher_directory, tmp_path / "whole", RunConfig.from_dict(quick))
-    monkeypatch.setattr(module, "uninitialised_student", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(stages, "uninitialised_student", raising(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         run(teacher_directory, tmp_path / "killed", RunConfig.from_dict(quick))
     monkeypatch.undo()
@@ -247,7 +248,7 @@ def test_a_budget_too_small_still_gives_a_model(minutes: float, teacher_director
 
 
 def test_an_hour_is_the_default(teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_train", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(module, "train", raising(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         run(teacher_directory, tmp_path / "out", RunConfig.from_dict({"data": str(text_file), "sequence_length": 32}))
     assert json.loads((tmp_path / "out" / WORK / "run.json").read_text())["config"]["minutes"] == 60.0

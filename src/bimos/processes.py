@@ -22,8 +22,9 @@ from torch import Tensor
 
 from bimos.errors import BimosError
 
-PATIENCE = datetime.timedelta(hours=3)  # while one of them reads text, the others wait
+PATIENCE = datetime.timedelta(days=7)  # while one reads text or measures, the others wait; that one has ended, its connection tells
 LOST = "another process of this run has ended; checkpoints are kept: start all of them again with --resume"
+TOLD = "told to end, as launchers do when another process of the run has; checkpoints are kept: start all of them again with --resume"
 BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL")  # of errors without a type of their own
 
 Result = TypeVar("Result")
@@ -43,7 +44,9 @@ class Processes:
         """What a process has of a batch of `size`. Raises BimosError: it cannot be divided."""
         if size % self.count:
             above = self.count * -(-size // self.count)
-            raise BimosError(f"{key}={size} cannot be divided between {self.count} processes; --set {key}={above} can")
+            raise BimosError(
+                f"{key}={size} cannot be divided between {self.count} processes: start as many as divide it, or --set {key}={above}"
+            )
         return size // self.count
 
     def share(self, rows: Tensor, size: int) -> Tensor:
@@ -116,7 +119,7 @@ class Processes:
             return
 
         def told(*_: object) -> None:
-            raise BimosError(LOST)
+            raise BimosError(TOLD)
 
         is_main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, told) if is_main else None
@@ -128,7 +131,7 @@ class Processes:
             raise
         finally:
             if is_main:
-                signal.signal(signal.SIGTERM, before)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
     def _number(self, value: float, collective: Callable[[Tensor], Any]) -> float:
         tensor = torch.tensor(value, dtype=torch.float64, device=self._device)
@@ -154,12 +157,19 @@ class Clock:
             self._now = self._processes.agreed(time.monotonic())
 
 
+def are_several() -> bool:
+    """Whether a launcher has started this process as one of several; waits for none of them."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
 @functools.cache
 def current() -> Processes:
     """The processes that this one was started with; the first call waits for all of them."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    if not are_several():
         return ALONE
+    for engine in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):  # of a launcher's config: models are sharded here
+        os.environ.pop(engine, None)
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    state = PartialState(cpu=True, timeout=PATIENCE)  # training has no other device yet
     return Processes(state.process_index, state.num_processes, state.device)

@@ -1,4 +1,4 @@
-"""From a teacher to a packed checkpoint: the three stages, their budget, and picking up where a killed run stopped.
+"""From a teacher to a packed checkpoint: what a run is, its stages, and picking up where a killed run stopped.
 
 While a run works, its state lies in the folder `work` of the output directory; see `bimos.resume`.
 """
@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import shutil
 import tempfile
 import time
@@ -34,23 +35,15 @@ from bimos.packing.checkpoint import check_output, save_packed
 from bimos.packing.embedding import quantize_embeddings
 from bimos.packing.hf import pack_model, restore_rotary
 from bimos.packing.sizes import size_report
-from bimos.processes import ALONE, Processes, current
-from bimos.resume import WORK, check_same_run, check_same_text, fingerprint, read_run, remembered, settle
-from bimos.training.blockwise import load_blocks, reconstruct_blocks
-from bimos.training.budget import Budget
-from bimos.training.data import TokenStream
-from bimos.training.distillation import NumberedWindows
+from bimos.processes import Processes, are_several, current
+from bimos.resume import WORK, check_same_run, fingerprint, read_run, remembered, settle
+from bimos.stages import gathered, train
 from bimos.training.estimate import peak_memory
 from bimos.training.mapped import load_mapped
-from bimos.training.memory import peak_bytes, reset_peak
 from bimos.training.progress import Progress
 from bimos.training.sources import parse_sources
-from bimos.training.student import load_tensors, load_trained, uninitialised_student
-from bimos.training.teacher import TopKCache
-from bimos.training.trainer import checkpoints, distill
 
 DEFAULT_MINUTES = 60.0
-ENDLESS = 10**9  # windows of a stage whose end the clock decides
 
 
 def plan(model: str | Path, config: RunConfig) -> dict[str, Any]:
@@ -90,7 +83,7 @@ def quantize(
     Raises:
         BimosError: see `run`.
     """
-    if current().count > 1:
+    if are_several():
         raise BimosError("bimos.quantize works in one process; with several, run `bimos quantize` or bimos.run")
     values = {"method": method.name, "options": method.to_dict(), "data": data, **options}
     config = _with_budget(RunConfig.from_dict(values, "bimos.quantize"), method)
@@ -112,7 +105,7 @@ def quantize(
     teacher.eval()  # what it says must not depend on dropout
     try:
         with tempfile.TemporaryDirectory(prefix="bimos-") as work:
-            student, _ = _train(teacher, tokenizer, config, Path(work), console)
+            student, _ = train(teacher, tokenizer, config, Path(work), console)
     finally:
         teacher.train(was_training)
     return pack_model(student, method=config.method, options=method.to_dict(), embedding_bits=config.embedding_bits, dtype=dtype)
@@ -170,20 +163,22 @@ def _run(
     facts = {"model": str(model), "weights": fingerprint(teacher), "config": config.to_dict(), "evaluate": list(evaluate)}
     processes.first(lambda: _write_run(output, facts, resume))
     try:
-        student, stages = _train(teacher, tokenizer, config, work, console, started=began, processes=processes)
-    except BimosError:
+        student, stages = train(teacher, tokenizer, config, work, console, started=began, processes=processes)
+    except (BimosError, RuntimeError):
         if processes.is_first and not any(work.glob("tokens/*/tokens.bin")):  # a false start: nothing to resume, so nothing in the way
             shutil.rmtree(work, ignore_errors=True)
             with contextlib.suppress(OSError):
                 output.rmdir()
         raise
+    in_parts = processes.count > 1 and bool(config.settled(method.trained).distill.enabled)
+    models = None if in_parts else (teacher, student)
+    del teacher, student
+    if in_parts:
+        gc.collect()  # parts refer to each other; the first process needs the room, and others may be on its machine
 
     def finish() -> dict[str, Any]:
-        models = teacher, student
-        if processes.count > 1 and config.settled(method.trained).distill.enabled:  # both are in parts
-            whole, _ = _load(model, config)
-            models = whole, _gathered(whole, method, config, work)
-        return _finish(*models, tokenizer, output, config, facts, stages, began, console)
+        teacher, student = models or gathered(_load(model, config)[0], method, config, work)
+        return _finish(teacher, student, tokenizer, output, config, facts, stages, began, console)
 
     return processes.first(finish)
 
@@ -287,72 +282,6 @@ def _write_run(output: Path, facts: dict[str, Any], resume: bool) -> None:
     write_json(work / "run.json", facts)
 
 
-def _gathered(teacher: PreTrainedModel, method: MethodConfig, config: RunConfig, work: Path) -> PreTrainedModel:
-    """The student as the newest checkpoint of the distillation has it."""
-    student = uninitialised_student(teacher, method, config.skip)
-    load_blocks(student, work / "blocks")
-    tensors, _ = load_tensors(checkpoints(work / "distill")[-1] / "trained.safetensors")
-    load_trained(student, {name.removeprefix("student."): tensor for name, tensor in tensors.items()})
-    return student  # type: ignore[return-value]
-
-
-def _train(
-    teacher: PreTrainedModel,
-    tokenizer: Any,
-    config: RunConfig,
-    work: Path,
-    console: Console | None,
-    started: float | None = None,
-    processes: Processes = ALONE,
-) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
-    """The three stages; everything that survives a restart lies in `work`.
-
-    Returns:
-        The trained student and the stages' reports. Behind the distillation of several processes the student is in parts: `_gathered`.
-    """
-    started = time.monotonic() if started is None else started
-    method = method_config(config.method, config.options)
-    config = config.settled(method.trained)
-    length = config.sequence_length
-    stream = TokenStream(config.data, tokenizer, length, config.seed, work / "tokens", teacher=teacher)
-    processes.first(lambda: check_same_text(stream, work / "text.json"))
-    calibration = _whole_batches(config.blocks.tokens // length, config.blocks.batch_size)
-    if not config.blocks.enabled:  # a start from weights alone needs text for no more than to say how far off its blocks are
-        calibration = _whole_batches(config.initialise.sequences if config.initialise.activation_aware else 1, config.blocks.batch_size)
-    with Progress(console) as progress:
-        progress.begin("reading text", 1)
-        processes.first(lambda: stream.prepare(calibration, lambda done, total: progress.set(done / max(total, 1))))
-        windows = stream.batch(0, calibration)
-        total = None if config.minutes is None else 60 * config.minutes
-        overhead = processes.agreed(time.monotonic() - started)
-        share = config.blocks.share if config.distill.enabled else 1.0
-        seconds = total * share if total is not None and config.blocks.enabled else None
-        report = reconstruct_blocks(teacher, windows, method, config, work / "blocks", progress, seconds, processes)
-        student = uninitialised_student(teacher, method, config.skip)
-        load_blocks(student, work / "blocks")
-        stages = [report]
-        if config.distill.enabled:
-            reset_peak()
-            # Whichever is more: blocks of an earlier process, or what this one has also done between the stages.
-            spent = processes.agreed(max(report["seconds"] + overhead, time.monotonic() - started))
-            budget = Budget(tokens=config.tokens) if total is None else Budget(seconds=max(1.0, total - spent))
-            steps = config.distill.batch_size * config.distill.accumulate
-            count = ENDLESS if config.tokens is None else _whole_batches(-(-config.tokens // length), steps)
-            again = config.distill.distinct_tokens
-            distinct = None if again is None else _whole_batches(-(-again // length), steps)
-            cache = None
-            if config.distill.teacher == "cached":
-                vocabulary = teacher.config.get_text_config().vocab_size
-                shape = distinct or count, length, min(config.distill.top_k, vocabulary), vocabulary
-                processes.first(lambda: TopKCache(work / "logits", *shape).close())  # made by one; opened by all
-                cache = TopKCache(work / "logits", *shape)
-            data = NumberedWindows(stream.as_dataset(calibration, count), count, distinct, config.seed)
-            given = student, teacher, data, length, config.distill, budget, work / "distill", progress, cache, config.seed, config.loss
-            report = distill(*given, processes)
-            stages.append({**report, "peak_memory_bytes": peak_bytes()})
-    return student, stages  # type: ignore[return-value]
-
-
 def _with_budget(config: RunConfig, method: MethodConfig) -> RunConfig:
     """The config, with the default's minutes where something is trained and neither minutes nor tokens are given.
 
@@ -397,11 +326,6 @@ def _check_fit(teacher: PreTrainedModel, method: MethodConfig, config: RunConfig
     known = get_available_reporting_integrations()
     if config.distill.report_to not in ("none", "all", *known):
         raise BimosError(f"distill.report_to={config.distill.report_to}: unknown or not installed; here: {', '.join(['none', *known])}")
-
-
-def _whole_batches(windows: int, batch: int) -> int:
-    """The next multiple of the batch: no stage sees a batch of another size."""
-    return batch * max(1, -(-windows // batch))
 
 
 def _embedding_change(student: PreTrainedModel, tokenizer: Any, evaluate: Sequence[str], bits: int) -> dict[str, Any]:

@@ -73,11 +73,13 @@ def quantize(
     from bimos.resume import remembered
 
     # An interrupted run remembers its options; what is given here is compared with those.
-    base = read_yaml(config) if config else remembered(output) if resume and output else {}
+    base = read_yaml(config) if config else current().first(lambda: remembered(output)) if resume and output else {}
     run_config = RunConfig.from_dict(override(base, assignments or []) | given, str(config) if config else "options")
 
     out = console(json)
     if dry_run or output is None:
+        if not current().is_first:
+            return
         result = plan(model, run_config)
         show.plan(out, result)
     else:

@@ -274,7 +274,7 @@ def _reconstruct(
             set_rate(optimizer, min(rate, (len(losses) + 1) / WARM_STEPS))
             with signs:
                 loss = lanes.backward(loss_of, {"inputs": inputs[order[rows]], "targets": targets[order[rows]]})
-            processes.average(parameter.grad for parameter in trained if parameter.grad is not None)
+            _average(trained, processes)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             budget.spent_tokens += together * length
@@ -288,6 +288,18 @@ def _reconstruct(
         losses.append(processes.mean(_error(block, call, inputs, targets, rows_of_lane)))
     tail = max(1, len(losses) // 10)
     return {"loss_first": losses[0], "loss_last": sum(losses[-tail:]) / tail, "tokens": float(budget.spent_tokens)}
+
+
+def _average(parameters: list[nn.Parameter], processes: Processes) -> None:
+    """Gradients over all processes, in place; a process that has none of a parameter (a linear that saw no token) counts as zero."""
+    if processes.count == 1:
+        return
+    used = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
+    processes.add([used])
+    for parameter, count in zip(parameters, used.tolist(), strict=True):
+        if count and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    processes.average(parameter.grad for parameter in parameters if parameter.grad is not None)
 
 
 def shuffled(count: int, size: int, processes: Processes, generator: torch.Generator) -> Tensor:

@@ -75,8 +75,7 @@ class Distillation(nn.Module):
         states: tuple[Tensor, ...] = ()
         last: Tensor | None = None
         found = None if self._cache is None or every else [self._cache.get(int(number)) for number in window]
-        missing = found is None or any(entry is None for entry in found)
-        if self._processes.any(missing):  # a sharded teacher answers all processes or none
+        if found is None or self._processes.any(any(entry is None for entry in found)):  # a sharded teacher answers all processes or none
             assert teacher is not None
             with torch.no_grad():
                 last, states = hidden_states(teacher, input_ids, every)

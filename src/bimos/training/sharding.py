@@ -23,19 +23,24 @@ def shard(distillation: nn.Module, student: nn.Module, teacher: nn.Module | None
     for model in (student, teacher):
         if model is not None:
             for block in decoder_blocks(model)[1]:
-                fully_shard(block)
+                fully_shard(block, reshard_after_forward=True)  # the teacher's are roots, which would stay whole
     fully_shard(distillation)
+    if hasattr(distillation, "set_reduce_scatter_unused_params"):  # experts to which a process sent no token (torch 2.13)
+        distillation.set_reduce_scatter_unused_params(True)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, of which each process may hold a part."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole(value: Any, keep: bool) -> Any:
+    """All of a tensor, of which each process may hold a part; None where it is not to be kept. Anything else as it is."""
+    if not isinstance(value, DTensor):
+        return value
+    full = value.full_tensor()
+    return full.cpu() if keep else None
 
 
-def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """`optimizer.state_dict()` as one process would have it; called by all of them."""
+def whole_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any]:
+    """`optimizer.state_dict()` as one process would have it, where it is to be kept; called by all of them."""
     state = optimizer.state_dict()
-    return state | {"state": {key: {name: whole(value) for name, value in values.items()} for key, values in state["state"].items()}}
+    return state | {"state": {key: {name: whole(value, keep) for name, value in values.items()} for key, values in state["state"].items()}}
 
 
 def divided_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:

@@ -123,15 +123,16 @@ class DistillTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         directory = Path(output_dir or str(self.args.output_dir))
         directory.mkdir(parents=True, exist_ok=True)
-        state = {name: whole(parameter) for name, parameter in trained_state(self.model).items()}  # type: ignore[arg-type]
-        if self._processes.is_first:
+        is_first = self._processes.is_first
+        state = {name: whole(parameter, is_first) for name, parameter in trained_state(self.model).items()}  # type: ignore[arg-type]
+        if is_first:
             save_tensors(state, directory / "trained.safetensors")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._processes.count == 1:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = whole_state(self.optimizer)  # type: ignore[arg-type]
+        state = whole_state(self.optimizer, self._processes.is_first)  # type: ignore[arg-type]
         if self._processes.is_first:
             torch.save(state, Path(output_dir) / "optimizer.pt")
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")  # type: ignore[union-attr]
@@ -163,7 +164,7 @@ class DistillTrainer(Trainer):
         if checkpoint is None or self._processes.count == 1:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
+        state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
         self.optimizer.load_state_dict(divided_state(self.optimizer, state))  # type: ignore[union-attr, arg-type]
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))  # type: ignore[union-attr]
 
@@ -252,26 +253,18 @@ def distill(
         models = [model for model in (student, teacher) if model is not None]
         frozen = [module for module in (teacher, student.get_output_embeddings()) if module is not None]  # type: ignore[operator]
         in_int8 = int8_products(*frozen) if config.int8_teacher and not is_sharded else nullcontext()
-        together = experts_together(student, config.expert_share)
-        with lanes, together, fused(*models), in_int8:  # in this order: `fused` asks modules what they answer
+        with lanes, fused(*models), in_int8:  # in this order: `fused` asks modules what they answer
             if is_sharded:
                 shard(distillation, student, teacher)
             optimizer = adamw(student, rates, (config.beta1, config.beta2), config.weight_decay)
             scheduler = LambdaLR(optimizer, lambda _: schedule(config.schedule, config.warmup, budget.progress()))
-            trainer = DistillTrainer(
-                clock,
-                lanes,
-                processes,
-                distillation,
-                arguments,
-                train_dataset=dataset,
-                optimizers=(optimizer, scheduler),
-                callbacks=[clock],
-            )
+            given: Any = {"train_dataset": dataset, "optimizers": (optimizer, scheduler), "callbacks": [clock]}
+            trainer = DistillTrainer(clock, lanes, processes, distillation, arguments, **given)
             for callback in list(trainer.callback_handler.callbacks):
                 if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
                     trainer.remove_callback(callback)
-            trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
+            with experts_together(student, config.expert_share):
+                trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
     losses = [loss for _, loss in clock.losses]
     edge = max(1, len(losses) // 50)
     seconds = max(budget.elapsed, 1e-9)  # read once: the clock goes on

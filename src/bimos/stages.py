@@ -1,0 +1,97 @@
+"""The three stages of a run, in order, with their budget: text, blocks, distillation."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from bimos.config import RunConfig
+from bimos.methods import MethodConfig, method_config
+from bimos.processes import ALONE, Processes
+from bimos.resume import check_same_text
+from bimos.training.blockwise import load_blocks, reconstruct_blocks
+from bimos.training.budget import Budget
+from bimos.training.data import TokenStream
+from bimos.training.distillation import NumberedWindows
+from bimos.training.memory import peak_bytes, reset_peak
+from bimos.training.progress import Progress
+from bimos.training.student import load_tensors, load_trained, uninitialised_student
+from bimos.training.teacher import TopKCache
+from bimos.training.trainer import checkpoints, distill
+
+ENDLESS = 10**9  # windows of a stage whose end the clock decides
+
+
+def train(
+    teacher: PreTrainedModel,
+    tokenizer: Any,
+    config: RunConfig,
+    work: Path,
+    console: Console | None,
+    started: float | None = None,
+    processes: Processes = ALONE,
+) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
+    """The three stages; everything that survives a restart lies in `work`.
+
+    Returns:
+        The trained student and the stages' reports. Behind the distillation of several processes the student is in parts: `gathered`.
+    """
+    started = time.monotonic() if started is None else started
+    method = method_config(config.method, config.options)
+    config = config.settled(method.trained)
+    length = config.sequence_length
+    stream = TokenStream(config.data, tokenizer, length, config.seed, work / "tokens", teacher=teacher)
+    processes.first(lambda: check_same_text(stream, work / "text.json"))
+    calibration = _whole_batches(config.blocks.tokens // length, config.blocks.batch_size)
+    if not config.blocks.enabled:  # a start from weights alone needs text for no more than to say how far off its blocks are
+        calibration = _whole_batches(config.initialise.sequences if config.initialise.activation_aware else 1, config.blocks.batch_size)
+    with Progress(console) as progress:
+        progress.begin("reading text", 1)
+        processes.first(lambda: stream.prepare(calibration, lambda done, total: progress.set(done / max(total, 1))))
+        windows = stream.batch(0, calibration)
+        total = None if config.minutes is None else 60 * config.minutes
+        overhead = processes.agreed(time.monotonic() - started)
+        share = config.blocks.share if config.distill.enabled else 1.0
+        seconds = total * share if total is not None and config.blocks.enabled else None
+        report = reconstruct_blocks(teacher, windows, method, config, work / "blocks", progress, seconds, processes)
+        student = uninitialised_student(teacher, method, config.skip)
+        load_blocks(student, work / "blocks")
+        stages = [report]
+        if config.distill.enabled:
+            reset_peak()
+            # Whichever is more: blocks of an earlier process, or what this one has also done between the stages.
+            spent = processes.agreed(max(report["seconds"] + overhead, time.monotonic() - started))
+            budget = Budget(tokens=config.tokens) if total is None else Budget(seconds=max(1.0, total - spent))
+            steps = config.distill.batch_size * config.distill.accumulate
+            count = ENDLESS if config.tokens is None else _whole_batches(-(-config.tokens // length), steps)
+            again = config.distill.distinct_tokens
+            distinct = None if again is None else _whole_batches(-(-again // length), steps)
+            cache = None
+            if config.distill.teacher == "cached":
+                vocabulary = teacher.config.get_text_config().vocab_size
+                shape = distinct or count, length, min(config.distill.top_k, vocabulary), vocabulary
+                processes.first(lambda: TopKCache(work / "logits", *shape).close())  # made by one; opened by all
+                cache = TopKCache(work / "logits", *shape)
+            data = NumberedWindows(stream.as_dataset(calibration, count), count, distinct, config.seed)
+            given = student, teacher, data, length, config.distill, budget, work / "distill", progress, cache, config.seed, config.loss
+            report = distill(*given, processes)
+            stages.append({**report, "peak_memory_bytes": peak_bytes()})
+    return student, stages  # type: ignore[return-value]
+
+
+def gathered(teacher: PreTrainedModel, method: MethodConfig, config: RunConfig, work: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The teacher, and the student as the newest checkpoint of the distillation has it."""
+    student = uninitialised_student(teacher, method, config.skip)
+    load_blocks(student, work / "blocks")
+    tensors, _ = load_tensors(checkpoints(work / "distill")[-1] / "trained.safetensors")
+    load_trained(student, {name.removeprefix("student."): tensor for name, tensor in tensors.items()})
+    return teacher, student  # type: ignore[return-value]
+
+
+def _whole_batches(windows: int, batch: int) -> int:
+    """The next multiple of the batch: no stage sees a batch of another size."""
+    return batch * max(1, -(-windows // batch))
