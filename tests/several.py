@@ -91,7 +91,7 @@ def measure(rank: int, count: int, port: int, model: Path, windows: torch.Tensor
 
 
 def step(rank: int, count: int, port: int, model: Path, batches: torch.Tensor, found: Path) -> None:
-    """Gradients of two accumulated batches `[2, B, T]`, divided; what the optimizer then holds, and holds again once it was saved and loaded."""
+    """Gradients of two accumulated batches `[2, B, T]`, divided; what the optimizer then holds, and again once that was loaded."""
     join(rank, count, port)
     processes = current()
     teacher, _ = load_teacher(model)

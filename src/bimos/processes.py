@@ -43,10 +43,8 @@ class Processes:
     def divided(self, size: int, key: str) -> int:
         """What a process has of a batch of `size`. Raises BimosError: it cannot be divided."""
         if size % self.count:
-            above = self.count * -(-size // self.count)
-            raise BimosError(
-                f"{key}={size} cannot be divided between {self.count} processes: start as many as divide it, or --set {key}={above}"
-            )
+            above = f"--set {key}={self.count * -(-size // self.count)}"
+            raise BimosError(f"{key}={size} cannot be divided between {self.count} processes: start as many as divide it, or {above}")
         return size // self.count
 
     def share(self, rows: Tensor, size: int) -> Tensor:

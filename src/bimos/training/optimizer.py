@@ -45,9 +45,7 @@ def experts_together(model: nn.Module, share: float) -> Iterator[None]:
     held: set[int] = set()
     lock = threading.Lock()
 
-    def listen(
-        layer: TrainableLinear, _: object
-    ) -> None:  # not before it runs: until then a sharded layer's parameters are others, which go
+    def listen(layer: TrainableLinear, _: object) -> None:  # as it runs: before, a sharded layer has other parameters
         with lock:
             for scale in layer.experts():
                 if scale.requires_grad and id(scale) not in held:

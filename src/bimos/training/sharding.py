@@ -25,8 +25,9 @@ def shard(distillation: nn.Module, student: nn.Module, teacher: nn.Module | None
             for block in decoder_blocks(model)[1]:
                 fully_shard(block, reshard_after_forward=True)  # the teacher's are roots, which would stay whole
     fully_shard(distillation)
-    if hasattr(distillation, "set_reduce_scatter_unused_params"):  # experts to which a process sent no token (torch 2.13)
-        distillation.set_reduce_scatter_unused_params(True)
+    reduce_all: Any = getattr(distillation, "set_reduce_scatter_unused_params", None)  # torch 2.13
+    if reduce_all is not None:  # a linear that saw no token in one process has a gradient in others
+        reduce_all(True)
 
 
 def whole(value: Any, keep: bool) -> Any:
