@@ -88,9 +88,18 @@ def test_make_targets_of_the_documents_exist() -> None:
     assert set(re.findall(r"^(?: {4})?make ([a-z-]+)", text, re.MULTILINE)) <= targets
 
 
-def test_unknown_option_is_a_usage_error() -> None:
-    result = run("info", "--colour")
-    assert result.exit_code == 2 and "--colour" in result.stderr
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("eval --nonsense", "No such option: --nonsense; see bimos eval --help"),
+        ("quantize", "Missing argument 'MODEL'; see bimos quantize --help"),
+        ("nonsense", "No such command 'nonsense'; see bimos --help"),
+        ("quantize x --embedding-bits", "Option '--embedding-bits' requires an argument"),
+    ],
+)
+def test_wrong_usage_is_one_line(line: str, said: str) -> None:
+    result = CliRunner().invoke(app, line.split(), prog_name="bimos")
+    assert result.exit_code == 2 and result.stderr.startswith(f"error: {said}") and result.stderr.count("\n") == 1
 
 
 def test_methods_lists_the_registry(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from typer.core import TyperGroup
 
 from bimos.errors import BimosError
 
+UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")  # of the click that typer brings
+
 CONTINUE = {"quantize": "; run again with --resume", "demo": "; run again to continue", "compare": "; run again to continue"}
 DISK_FULL = "no space left on the device: make room and run again; what was saved before is intact"
 
@@ -32,6 +34,9 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except BimosError as error:
             raise _fail(str(error)) from error
+        except UsageError as error:
+            asked = "" if error.ctx is None else f"; see {error.ctx.command_path} --help"
+            raise _fail(f"{error.format_message().rstrip('.')}{asked}") from error
         except KeyboardInterrupt as error:
             print(f"\ninterrupted{CONTINUE.get(ctx.invoked_subcommand, '')}", file=sys.stderr)
             raise typer.Exit(130) from error
