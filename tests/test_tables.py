@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import shutil
@@ -84,3 +85,17 @@ def test_comparisons_fill_both_documents(tables: ModuleType, monkeypatch: pytest
     assert check(tables, monkeypatch) == 0
     (folder / "comparison.json").write_text(json.dumps({"setting": setting, "rows": [row | {"body_bits_per_weight": 1.5}]}))
     assert "run benchmarks/tables.py" in str(check(tables, monkeypatch))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_import_what_is_there(path: Path) -> None:
+    """They are run by hand, and seldom: what moves within the package must not leave them behind."""
+    wanted = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    for node in wanted:
+        if (node.module or "").split(".")[0] == "bimos":
+            try:
+                exec(ast.unparse(node), {})
+            except ModuleNotFoundError as error:
+                if (error.name or "").startswith("bimos"):
+                    raise
+                pytest.skip(f"{error.name} is not installed")
