@@ -25,6 +25,7 @@ from torch._C._profiler import _ExperimentalConfig
 
 from bimos.config import RunConfig
 from bimos.evaluation.versions import provenance, write_json
+from bimos.kernels import native
 from bimos.methods import InputStatistics, method_config
 from bimos.models import convertible_linears, decoder_blocks, load_teacher
 from bimos.training.blockwise import reconstruct_blocks
@@ -118,8 +119,9 @@ def own_seconds(events: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def products() -> float:
-    """FLOP/s of bfloat16 matrix products of the teacher's largest body linear, 2048 tokens, all threads; median of 30."""
-    x, weight = torch.randn(2048, 576, dtype=torch.bfloat16), torch.randn(1536, 576, dtype=torch.bfloat16)
+    """FLOP/s of matrix products of the teacher's largest body linear, 2048 tokens, all threads, in what training computes in; median of 30."""
+    dtype = native.fast_dtype(torch.bfloat16)
+    x, weight = torch.randn(2048, 576, dtype=dtype), torch.randn(1536, 576, dtype=dtype)
     times = []
     for _ in range(30):
         start = time.perf_counter()
