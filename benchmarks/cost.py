@@ -119,7 +119,7 @@ def own_seconds(events: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def products() -> float:
-    """FLOP/s of matrix products of the teacher's largest body linear, 2048 tokens, all threads, in what training computes in; median of 30."""
+    """FLOP/s of the teacher's largest body linear, 2048 tokens, all threads, in what training computes in; median of 30."""
     dtype = native.fast_dtype(torch.bfloat16)
     x, weight = torch.randn(2048, 576, dtype=dtype), torch.randn(1536, 576, dtype=dtype)
     times = []
