@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from bimos.config import DistillConfig
 from bimos.lanes import Lanes
 from bimos.methods import method_config
+from bimos.methods.planes import SignPlane
 from bimos.methods.ste import SharedSigns, sign_ste
 from bimos.models import convertible_linears
 from bimos.training.distillation import Distillation
@@ -61,7 +62,7 @@ def test_two_lanes_give_the_gradient_of_the_whole(rows: int, options: dict[str, 
         assert lanes.count == 2
         for _ in range(2):  # the second time on top of the first
             if shared:
-                with SharedSigns(latents, torch.float32):
+                with SharedSigns(map(SignPlane, latents), torch.float32):
                     loss = lanes.backward(lambda **part: distillation(**part)["loss"], batch, 0.25)
             else:
                 loss = lanes.backward(lambda **part: distillation(**part)["loss"], batch, 0.25)
@@ -119,7 +120,7 @@ def test_shared_signs_are_the_straight_through_sign(dtype: torch.dtype) -> None:
         return grad
 
     expected = passes()
-    shared = SharedSigns([latent], dtype)
+    shared = SharedSigns([SignPlane(latent)], dtype)
     for value in (1.0, 0.5):  # signs follow the latents
         with torch.no_grad():
             latent.mul_(value)
@@ -146,6 +147,6 @@ def passes_again(latent: nn.Parameter, x: Tensor) -> Tensor:
 
 def test_frozen_latents_share_signs_without_gradients() -> None:
     latent = nn.Parameter(torch.randn(8, 8), requires_grad=False)
-    with SharedSigns([latent], torch.float32):
+    with SharedSigns([SignPlane(latent)], torch.float32):
         assert not sign_ste(latent, torch.ones(1, 8)).requires_grad
     assert latent.grad is None and not hasattr(latent, "shared_signs")

@@ -83,10 +83,11 @@ def test_layer_is_the_sum_of_both_planes(experts: int) -> None:
     x = torch.randn(5, 40)
     gate = torch.ones(5, 1) if layer.router is None else torch.softmax(x @ layer.router.T, -1)
     expected = linear.bias.expand(5, -1)
-    planes = [(layer.weight, layer.scale_in, layer.scale_out), (layer.weight_2, layer.scale_in_2, layer.scale_out_2)]
-    for latent, scale_in, scale_out in planes:
-        assert latent is not None and scale_in is not None and scale_out is not None
-        signs = torch.where(latent >= 0, 1.0, -1.0)
+    assert layer.scale_in_2 is not None and layer.scale_out_2 is not None
+    first = torch.where(layer.weight >= 0, 1.0, -1.0)
+    second = torch.where(layer.weight.abs() >= 1, first, -first)
+    planes = [(first, layer.scale_in, layer.scale_out), (second, layer.scale_in_2, layer.scale_out_2)]
+    for signs, scale_in, scale_out in planes:
         expected = expected + (x * (gate @ scale_in)) @ signs.T * (gate @ scale_out)
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
     one = BinaryMoSLinear.from_linear(

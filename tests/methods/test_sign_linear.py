@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bimos.kernels import native
 from bimos.methods import ste
+from bimos.methods.planes import SignPlane
 from bimos.methods.ste import SharedSigns, sign_linear
 
 needs_kernels = pytest.mark.skipif(native.isa() is None, reason=f"no C++ kernels: {native.problem}")
@@ -22,7 +23,7 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> None:
 def passes(latent: nn.Parameter, x: Tensor, towards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Output, gradient of x and gradient of the latent, of two halves of a batch."""
     x = x.detach().requires_grad_()
-    with SharedSigns([latent], x.dtype):
+    with SharedSigns([SignPlane(latent)], x.dtype):
         y = torch.stack([sign_linear(half, latent) for half in x])
         (y * towards).sum().backward()
     assert x.grad is not None and latent.grad is not None
@@ -54,7 +55,7 @@ def test_tables_give_what_products_give(out: int, n_in: int, tokens: int, dtype:
 def test_signs_are_there_for_whoever_asks_beside_tables(tables: None) -> None:
     torch.manual_seed(0)
     latent, x = nn.Parameter(torch.rand(16, 24) * 1.8 - 0.9), torch.randn(5, 24).bfloat16()
-    with SharedSigns([latent], torch.bfloat16):
+    with SharedSigns([SignPlane(latent)], torch.bfloat16):
         (sign_linear(x, latent) + x @ ste.sign_ste(latent, x).T).sum().backward()
     assert latent.grad is not None
     torch.testing.assert_close(latent.grad, (2 * x.float().sum(0)).expand(16, 24), rtol=2e-2, atol=2e-2)

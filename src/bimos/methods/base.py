@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bimos.errors import BimosError
+from bimos.methods.planes import SignPlane
 
 
 class StoredTensor(NamedTuple):
@@ -132,6 +133,10 @@ class TrainableLinear(nn.Module):
     def roles(self) -> dict[str, list[nn.Parameter]]:
         """Every parameter, once, by its role: `latent`, `scale`, `router` or `bias`. Roles get learning rates."""
         raise NotImplementedError
+
+    def sign_planes(self) -> list[SignPlane]:
+        """The planes that `forward` takes from `sign_ste`."""
+        return [SignPlane(latent) for latent in self.roles()["latent"]] if self.uses_signs else []
 
     def experts(self) -> list[nn.Parameter]:
         """Scales `[e, n]` of which a router mixes the rows, if there are any."""

@@ -7,7 +7,7 @@
 One router per linear drives both mixes. Stored: one plane, `e` pairs of float16 vectors, a float16 router.
 
 With `planes=2`, which the paper has not, a second plane with scaling experts of its own is added to Y; one router drives all mixes.
-Both planes are trained together, on the error that they have in common.
+Both planes come from one latent, whose four levels they are (`bimos.methods.planes`), and are trained on their common error.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from bimos.errors import BimosError
 from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, bias_layout, plane_layout, register
 from bimos.methods.compensation import Fit, compensated_fit
-from bimos.methods.coupled import coupled_fit
+from bimos.methods.coupled import coupled_fit, coupled_latents
 from bimos.methods.experts import cluster, tune_scales
 from bimos.methods.mixing import mix, route_and_mix
+from bimos.methods.planes import Plane, SignPlane, decision
 from bimos.methods.ste import compute_dtype, sign_linear, weighted_rank_one
 from bimos.packing.format import pack_signs
 
@@ -32,10 +33,10 @@ class BinaryMoSLinear(TrainableLinear):
     """Trainable BinaryMoS linear.
 
     Parameters:
-        weight: latent, float32 `[out, in]`.
+        weight: latent, float32 `[out, in]`; with two planes in steps from level to level.
         scale_in `[e, in]`, scale_out `[e, out]`: the experts.
         router: `[e, in]`, None with one expert.
-        weight_2, scale_in_2, scale_out_2: of the second plane, or None.
+        scale_in_2, scale_out_2: of the second plane, or None.
         bias: `[out]` or None.
     """
 
@@ -49,7 +50,6 @@ class BinaryMoSLinear(TrainableLinear):
         self.scale_out = nn.Parameter(torch.ones(experts, out_features))
         self.router = nn.Parameter(torch.zeros(experts, in_features)) if experts > 1 else None
         two = config.planes == 2
-        self.weight_2 = nn.Parameter(torch.empty(out_features, in_features)) if two else None
         self.scale_in_2 = nn.Parameter(torch.ones(experts, in_features)) if two else None
         self.scale_out_2 = nn.Parameter(torch.ones(experts, out_features)) if two else None
 
@@ -68,7 +68,7 @@ class BinaryMoSLinear(TrainableLinear):
         elif statistics.gram is not None and config.compensation:
             fit = compensated_fit(weight, statistics.gram, config.compensation, config.iterations)
         if fit is not None:
-            rows, columns, decision = fit.row.expand(experts, -1), fit.column.expand(experts, -1), fit.decision
+            rows, columns, decided = fit.row.expand(experts, -1), fit.column.expand(experts, -1), fit.decision
         else:
             clusters = cluster(sample, experts, generator) if distinct else None
             fits = []
@@ -78,15 +78,16 @@ class BinaryMoSLinear(TrainableLinear):
                     # Half the cluster's own statistics: a small cluster must not forget what all tokens have in common.
                     second_moment = (second_moment + sample[clusters.labels == expert].square().mean(0)) / 2
                 fits.append(weighted_rank_one(weight.abs(), second_moment, config.iterations))
-            rows, columns, decision = torch.stack([r for r, _ in fits]), torch.stack([c for _, c in fits]), weight
+            rows, columns, decided = torch.stack([r for r, _ in fits]), torch.stack([c for _, c in fits]), weight
         with torch.no_grad():
             layer.scale_out.copy_(rows)
             layer.scale_in.copy_(columns)
-            layer.weight.copy_(_latents(decision, rows, columns, config.latent_magnitude))
-            if second is not None:
+            if fit is None or second is None:
+                layer.weight.copy_(_latents(decided, rows, columns, config.latent_magnitude))
+            else:
                 layer.scale_out_2.copy_(second.row)  # type: ignore[union-attr]
                 layer.scale_in_2.copy_(second.column)  # type: ignore[union-attr]
-                layer.weight_2.copy_(_latents(second.decision, second.row[None], second.column[None], config.latent_magnitude))  # type: ignore[union-attr]
+                layer.weight.copy_(coupled_latents(fit, second))
             if layer.router is not None:
                 if clusters is not None:
                     layer.router.copy_(clusters.router)
@@ -105,31 +106,36 @@ class BinaryMoSLinear(TrainableLinear):
             scaled = mix(x, None, self.scale_in)
         else:
             scaled, gate = route_and_mix(x, self.router, self.scale_in)
-        y = mix(sign_linear(scaled, self.weight), gate, self.scale_out)
-        if self.weight_2 is not None and self.scale_in_2 is not None and self.scale_out_2 is not None:
-            y = y + mix(sign_linear(mix(x, gate, self.scale_in_2), self.weight_2), gate, self.scale_out_2)
+        if self.scale_in_2 is None or self.scale_out_2 is None:
+            return self.plus_bias(mix(sign_linear(scaled, self.weight), gate, self.scale_out))
+        y = mix(sign_linear(scaled, self.weight, Plane.FIRST), gate, self.scale_out)
+        y = y + mix(sign_linear(mix(x, gate, self.scale_in_2), self.weight, Plane.SECOND), gate, self.scale_out_2)
         return self.plus_bias(y)
 
     def pack(self) -> dict[str, Tensor]:
         tensors = {
-            "weight": torch.stack([pack_signs(part.detach()) for part in self._planes(self.weight, self.weight_2)]),
-            "scale_in": torch.stack([part.detach().half() for part in self._planes(self.scale_in, self.scale_in_2)]),
-            "scale_out": torch.stack([part.detach().half() for part in self._planes(self.scale_out, self.scale_out_2)]),
+            "weight": torch.stack([pack_signs(decision(latent.detach(), plane)) for latent, plane in self.sign_planes()]),
+            "scale_in": torch.stack([part.detach().half() for part in self._each(self.scale_in, self.scale_in_2)]),
+            "scale_out": torch.stack([part.detach().half() for part in self._each(self.scale_out, self.scale_out_2)]),
         }
         if self.router is not None:
             tensors["router"] = self.router.detach().half()
         return tensors | self.packed_bias()
 
     @staticmethod
-    def _planes(first: nn.Parameter, second: nn.Parameter | None) -> list[nn.Parameter]:
+    def _each(first: nn.Parameter, second: nn.Parameter | None) -> list[nn.Parameter]:
         return [first] if second is None else [first, second]
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
         return self.by_role(
-            latent=self._planes(self.weight, self.weight_2),
-            scale=[*self._planes(self.scale_in, self.scale_in_2), *self._planes(self.scale_out, self.scale_out_2)],
+            latent=[self.weight],
+            scale=[*self._each(self.scale_in, self.scale_in_2), *self._each(self.scale_out, self.scale_out_2)],
             router=[] if self.router is None else [self.router],
         )
+
+    def sign_planes(self) -> list[SignPlane]:
+        planes = (Plane.ONLY,) if self.scale_in_2 is None else (Plane.FIRST, Plane.SECOND)
+        return [SignPlane(self.weight, plane) for plane in planes]
 
     def experts(self) -> list[nn.Parameter]:
         return [] if self.router is None else self.roles()["scale"]
@@ -148,7 +154,7 @@ class BinaryMoSConfig(MethodConfig):
     layer: ClassVar[type[TrainableLinear]] = BinaryMoSLinear
 
     num_experts: int = 4
-    planes: int = 1  # 2: another sign plane with scales of its own, trained with the first
+    planes: int = 1  # 2: two signs a weight, each plane with scales of its own
     compensation: int = 3  # rounds in which signs make good each other's errors, where inputs are known; 0: signs of the weights
     iterations: int = 8  # of activation-weighted least squares for the scales; 0: rank-1 SVD of |W|
     distinct_experts: bool = True  # experts start apart: by the steps below, or from clusters of tokens
@@ -177,13 +183,13 @@ class BinaryMoSConfig(MethodConfig):
         return layout | bias_layout(out_features, bias)
 
 
-def _latents(decision: Tensor, rows: Tensor, columns: Tensor, magnitude: float | None) -> Tensor:
+def _latents(decided: Tensor, rows: Tensor, columns: Tensor, magnitude: float | None) -> Tensor:
     """Latents `[out, in]` of what signs were taken of; scales `[e, out]`, `[e, in]`."""
     if magnitude is None:
-        return decision
+        return decided
     # Divided by what the scales expect of it, every latent is as likely to flip as any other.
     expected = rows.mean(0).abs()[:, None] * columns.mean(0)[None, :]
-    latents = decision / expected.clamp_min(1e-8)
+    latents = decided / expected.clamp_min(1e-8)
     # Errors carried over make some decisions extreme; all should stay possible to undo.
     most = 6 * latents.abs().median()
     latents.clamp_(-most, most)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bimos.methods.compensation import Fit, compensated_fit, prepared, signs_of, sweep, turned
+from bimos.methods.planes import between_levels
 from bimos.methods.ste import weighted_rank_one
 
 
@@ -52,6 +53,14 @@ def coupled_fit(weight: Tensor, second_moment: Tensor, gram: Tensor | None, roun
 def matrix(fit: Fit) -> Tensor:
     """The plane with its scales, float32 `[out, in]`."""
     return fit.row[:, None] * signs_of(fit.decision) * fit.column
+
+
+def coupled_latents(first: Fit, second: Fit) -> Tensor:
+    """The latents `[out, in]` of both planes."""
+    one, two = (fit.row[:, None] * fit.column for fit in (first, second))
+    value = torch.where(one >= two, first.decision, second.decision)  # the other's decision is what is left of it
+    signs = signs_of(first.decision), signs_of(second.decision)
+    return between_levels(value, torch.maximum(one, two), torch.minimum(one, two), signs)
 
 
 def _error(weight: Tensor, fits: Sequence[Fit], gram: Tensor) -> float:

@@ -51,7 +51,7 @@ def tune_scales(layer: TrainableLinear, weight: Tensor, statistics: InputStatist
     schedule = LambdaLR(optimizer, lambda step: min(1.0, 2 - 2 * step / steps))
     for latent in latents:
         latent.requires_grad_(False)
-    with torch.enable_grad(), SharedSigns(latents, dtype):
+    with torch.enable_grad(), SharedSigns(layer.sign_planes(), dtype):
         for _ in range(steps):
             rows = torch.randint(len(sample), (min(len(sample), VECTORS),), generator=generator).to(device)
             optimizer.zero_grad()

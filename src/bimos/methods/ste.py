@@ -8,40 +8,35 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bimos.kernels import native
+from bimos.methods.planes import Plane, SignPlane, decision, straight_through
 
 
 class SignSTE(torch.autograd.Function):
-    """`sign(w)` in +1/-1 (`w >= 0` is +1), with the gradient of the identity where `-1 < w < 1` and none elsewhere.
+    """The signs of a plane in +1/-1 (0 is +1), with the gradient that `straight_through` gives its latent.
 
-    The rule of BinaryMoS (2406.12311) and OneBit (2402.11295), after Courbariaux et al. (1602.02830).
-    `dtype` is that of the signs: under autocast they are made in it at once, so no float32 copy exists.
+    After Courbariaux et al. (1602.02830). `dtype` is that of the signs: under autocast they are made in it at once, without a float32 copy.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(weight)
-        return write_signs(weight, torch.empty(weight.shape, dtype=dtype, device=weight.device))
+    def forward(ctx: Any, latent: Tensor, dtype: torch.dtype, plane: Plane) -> Tensor:
+        ctx.save_for_backward(latent)
+        ctx.plane = plane
+        return write_signs(decision(latent, plane), torch.empty(latent.shape, dtype=dtype, device=latent.device))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (weight,) = ctx.saved_tensors
-        return stop_outside(grad.to(weight.dtype, copy=True), weight), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (latent,) = ctx.saved_tensors
+        return straight_through(grad.to(latent.dtype, copy=True), latent, ctx.plane), None, None
 
 
 def write_signs(weight: Tensor, out: Tensor) -> Tensor:
     """The signs of `weight` in `out`, a tensor of its shape."""
     # The comparison writes 0 and 1 in the dtype of the signs: an eighth of the time of `where`, and no mask in between.
     return torch.ge(weight, 0, out=out).mul_(2).sub_(1)
-
-
-def stop_outside(grad: Tensor, weight: Tensor) -> Tensor:
-    """`grad`, in place, with zeros where `weight` is not in (-1, 1)."""
-    # The gradient of clamping to [-1, 1] is the rule itself, in one pass.
-    return torch.ops.aten.hardtanh_backward.grad_input(grad, weight, -1.0, 1.0, grad_input=grad)
 
 
 class SharedSigns:
@@ -51,49 +46,55 @@ class SharedSigns:
     by the rule of `SignSTE`, which is linear: one pass over the latents instead of one a batch.
 
     Args:
-        latents: of any layers.
+        planes: of any layers.
         dtype: in which the signs are to be multiplied; sums of their gradients are in it too.
     """
 
-    def __init__(self, latents: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
-        self._latents = list(latents)
+    def __init__(self, planes: Iterable[SignPlane], dtype: torch.dtype) -> None:
+        self._planes = list(planes)
         # Kept from step to step: fresh memory of this size costs as much as what is done with it.
-        self._signs = [torch.empty_like(latent, dtype=dtype, requires_grad=False) for latent in self._latents]
-        self._grads = [torch.empty_like(latent, requires_grad=False) if latent.requires_grad else None for latent in self._latents]
+        self._signs = [torch.empty_like(latent, dtype=dtype, requires_grad=False) for latent, _ in self._planes]
+        trained = {id(latent): latent for latent, _ in self._planes if latent.requires_grad}
+        self._grads = {key: torch.empty_like(latent, requires_grad=False) for key, latent in trained.items()}
 
     def __enter__(self) -> None:
-        for latent, signs in zip(self._latents, self._signs, strict=True):
+        for (latent, plane), signs in zip(self._planes, self._signs, strict=True):
             leaf = signs.detach().requires_grad_(latent.requires_grad)
             tiles = None
             if tables_pay(latent, signs.dtype):
-                tiles = (*_tiled(latent, False), *_tiled(latent, True))
-            latent.shared_signs = _Shared(leaf, tiles)  # type: ignore[attr-defined]
+                decided = decision(latent.detach(), plane)
+                tiles = (*_tiled(decided, False), *_tiled(decided, True))
+            shared = _Shared(leaf, plane, tiles)
             if tiles is None:
-                latent.shared_signs.written(latent)  # type: ignore[attr-defined]
+                shared.written(latent)
+            if not hasattr(latent, "shared_signs"):
+                latent.shared_signs = {}  # type: ignore[attr-defined]
+            latent.shared_signs[plane] = shared  # type: ignore[attr-defined]
 
     def __exit__(self, *_: object) -> None:
-        for latent, buffer in zip(self._latents, self._grads, strict=True):
-            grad = latent.shared_signs.leaf.grad  # type: ignore[attr-defined]
-            del latent.shared_signs  # type: ignore[attr-defined]
-            if grad is None or buffer is None:
+        for latent, plane in self._planes:
+            grad = latent.shared_signs.pop(plane).leaf.grad  # type: ignore[attr-defined]
+            if not latent.shared_signs:  # type: ignore[attr-defined]
+                del latent.shared_signs  # type: ignore[attr-defined]
+            if grad is None or not latent.requires_grad:
                 continue
             if latent.grad is None:
-                latent.grad = stop_outside(buffer.copy_(grad), latent.detach())
+                latent.grad = straight_through(self._grads[id(latent)].copy_(grad), latent.detach(), plane)
             else:
-                latent.grad += stop_outside(grad.to(latent.dtype, copy=True), latent.detach())
+                latent.grad += straight_through(grad.to(latent.dtype, copy=True), latent.detach(), plane)
 
 
 class _Shared:
-    """A latent's signs: what gradients are summed at, and tiles where products go by tables; values are written if anyone asks."""
+    """A plane's signs: what gradients are summed at, and tiles where products go by tables; values are written if anyone asks."""
 
-    def __init__(self, leaf: Tensor, tiles: tuple[Tensor | None, ...] | None) -> None:
-        self.leaf, self.tiles = leaf, tiles
+    def __init__(self, leaf: Tensor, plane: Plane, tiles: tuple[Tensor | None, ...] | None) -> None:
+        self.leaf, self.plane, self.tiles = leaf, plane, tiles
         self._lock, self._is_written = threading.Lock(), False
 
     def written(self, latent: Tensor) -> Tensor:
         with self._lock:  # lanes ask at the same time
             if not self._is_written:
-                write_signs(latent.detach(), self.leaf.detach())
+                write_signs(decision(latent.detach(), self.plane), self.leaf.detach())
                 self._is_written = True
         return self.leaf
 
@@ -104,24 +105,28 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def sign_ste(weight: Tensor, x: Tensor) -> Tensor:
-    """The signs of `weight` in the dtype in which they will be multiplied with `x`. Shared with other passes: not to be written to."""
-    dtype = compute_dtype(x)
-    shared = getattr(weight, "shared_signs", None)
-    return shared.written(weight) if shared is not None and shared.leaf.dtype == dtype else SignSTE.apply(weight, dtype)
+def sign_ste(latent: Tensor, x: Tensor, plane: Plane = Plane.ONLY) -> Tensor:
+    """The signs of a plane in the dtype in which they will be multiplied with `x`. Shared with other passes: not to be written to."""
+    dtype, shared = compute_dtype(x), _shared(latent, plane)
+    return shared.written(latent) if shared is not None and shared.leaf.dtype == dtype else SignSTE.apply(latent, dtype, plane)
 
 
-def sign_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x [..., in] sign(weight)^T`, straight through, in the dtype of autocast or `x`.
+def sign_linear(x: Tensor, latent: Tensor, plane: Plane = Plane.ONLY) -> Tensor:
+    """`x [..., in]` times the signs of a plane `[out, in]`, transposed; straight through, in the dtype of autocast or `x`.
 
     With shared signs, by the tables of packed linears where those are the faster way (`tables_pay`), forward and for the gradient of `x`;
     sums of four inputs are rounded to 8 bits then. In bfloat16 the gradient of the signs is a product of bytes, both sides rounded to
     8 bits by columns of 64 tokens (`csrc/group8.h`).
     """
-    shared = getattr(weight, "shared_signs", None)
+    shared = _shared(latent, plane)
     if shared is None or shared.tiles is None or not x.dtype == compute_dtype(x) == shared.leaf.dtype:
-        return F.linear(x, sign_ste(weight, x))
+        return F.linear(x, sign_ste(latent, x, plane))
     return _TableProduct.apply(x, shared.leaf, *shared.tiles)
+
+
+def _shared(latent: Tensor, plane: Plane) -> _Shared | None:
+    found: _Shared | None = getattr(latent, "shared_signs", {}).get(plane)
+    return found
 
 
 def tables_pay(latent: Tensor, dtype: torch.dtype) -> bool:

@@ -37,7 +37,7 @@ from bimos.training.initialise import initialise_block
 from bimos.training.losses import relative_error
 from bimos.training.mapped import entering_in, release, working_copy
 from bimos.training.memory import peak_bytes, reset_peak
-from bimos.training.optimizer import build_optimizer, set_rate, signed_latents
+from bimos.training.optimizer import build_optimizer, set_rate, sign_planes
 from bimos.training.pacing import LATE, PASSES, STARTING, TRAINED, Pace, seconds_a_token, sequences_ahead
 from bimos.training.progress import Progress
 from bimos.training.streams import BlockCall, advance, batches, capture, embed
@@ -259,7 +259,7 @@ def _reconstruct(
     budget.start()
     losses: list[float] = []
     is_bfloat16 = inputs.dtype == torch.bfloat16
-    signs = SharedSigns(signed_latents(block), torch.bfloat16 if is_bfloat16 else torch.float32)
+    signs = SharedSigns(sign_planes(block), torch.bfloat16 if is_bfloat16 else torch.float32)
 
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=is_bfloat16):

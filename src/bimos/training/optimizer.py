@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bimos.methods.base import TrainableLinear
+from bimos.methods.planes import SignPlane
 
 
 def trained_parameters(model: nn.Module, norms: bool = False) -> dict[str, list[nn.Parameter]]:
@@ -25,10 +26,9 @@ def trained_parameters(model: nn.Module, norms: bool = False) -> dict[str, list[
     return groups
 
 
-def signed_latents(model: nn.Module) -> list[nn.Parameter]:
-    """Latents of the layers that take their signs from `sign_ste`."""
-    layers = [module for module in model.modules() if isinstance(module, TrainableLinear) and module.uses_signs]
-    return [latent for layer in layers for latent in layer.roles()["latent"]]
+def sign_planes(model: nn.Module) -> list[SignPlane]:
+    """The planes that layers take from `sign_ste`."""
+    return [plane for module in model.modules() if isinstance(module, TrainableLinear) for plane in module.sign_planes()]
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from bimos.training.budget import Budget, schedule
 from bimos.training.distillation import Distillation, is_bfloat16
 from bimos.training.fused import fused
 from bimos.training.int8 import int8_products
-from bimos.training.optimizer import adamw, experts_together, select, signed_latents
+from bimos.training.optimizer import adamw, experts_together, select, sign_planes
 from bimos.training.progress import Progress
 from bimos.training.sharding import divided_state, shard, whole, whole_state
 from bimos.training.student import load_tensors, load_trained, save_tensors
@@ -78,10 +78,10 @@ class DistillTrainer(Trainer):
         self._clock, self._lanes, self._processes = clock, lanes, processes
         self._signs: AbstractContextManager[Any] = nullcontext()
         if lanes.count > 1:
-            latents = signed_latents(model.student)
-            signed = {id(latent) for latent in latents}
+            planes = sign_planes(model.student)
+            signed = {id(latent) for latent, _ in planes}
             self._others = [p for p in model.parameters() if p.requires_grad and id(p) not in signed]
-            self._signs = SharedSigns(latents, torch.bfloat16 if is_bfloat16(model.student) else torch.float32)
+            self._signs = SharedSigns(planes, torch.bfloat16 if is_bfloat16(model.student) else torch.float32)
         self._pending: list[float] = []
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:

@@ -1,0 +1,81 @@
+"""The planes of signs that a latent stands for: one by itself, or two coupled ones.
+
+Two planes of one latent are four levels in order, a step of 1 from one to the next:
+
+    latent     below -1    -1 to 0     0 to 1    1 and more
+    first         -1          -1          +1          +1
+    second        -1          +1          -1          +1
+
+With planes that have a latent each, a weight goes from the second level to the third only by two flips at once; either alone is a jump
+of two levels, and training falls apart on them (docs/experiments.md).
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Plane(enum.Enum):
+    """Which plane of a latent."""
+
+    ONLY = 0
+    FIRST = 1
+    SECOND = 2
+
+
+class SignPlane(NamedTuple):
+    """A plane of signs that a layer multiplies by."""
+
+    latent: nn.Parameter
+    plane: Plane = Plane.ONLY
+
+
+def decision(latent: Tensor, plane: Plane) -> Tensor:
+    """Whose sign is the plane's, of the shape of `latent`; 0 counts as positive."""
+    return latent * (latent.abs() - 1) if plane is Plane.SECOND else latent
+
+
+def straight_through(grad: Tensor, latent: Tensor, plane: Plane) -> Tensor:
+    """What a plane's gradient adds to that of its latent; `grad` is written to.
+
+    A single plane: the rule of BinaryMoS (2406.12311) and OneBit (2402.11295), the identity where `-1 < latent < 1` and 0 elsewhere. Of
+    two, what crossing the nearest border changes: both signs, in opposite directions, within half a step of 0; else the second, up to
+    a step beyond the outer borders.
+    """
+    if plane is Plane.ONLY:
+        return _inside(grad, latent, 1.0)
+    if plane is Plane.FIRST:
+        return _inside(grad, latent, 0.5)
+    _inside(grad, latent, 2.0)
+    return torch.where(latent.abs() < 0.5, -grad, grad)
+
+
+def between_levels(value: Tensor, first: Tensor, second: Tensor, signs: tuple[Tensor, Tensor]) -> Tensor:
+    """Latents `[out, in]` with these signs, each as far between the borders of its level as its value is.
+
+    Args:
+        value: what the signs were chosen for.
+        first, second: the scales of the planes at every weight, not negative; levels are `+-first +- second`.
+        signs: of both planes, +1 and -1.
+    """
+    first, second = first.clamp_min(1e-12), second.clamp_min(1e-12)
+    size = value * signs[0]
+    outer = signs[0] == signs[1]
+    beyond = (size - first) / (2 * second)
+    within = size / first
+    # Away from the borders, whatever moved the value there: a latent on one would turn with the first step.
+    place = torch.where(outer, beyond, within).clamp_(MARGIN, 1 - MARGIN)
+    return signs[0] * (place + outer)
+
+
+MARGIN = 0.05  # of a step
+
+
+def _inside(grad: Tensor, latent: Tensor, bound: float) -> Tensor:
+    """`grad`, in place, with zeros where `latent` is not in (-bound, bound)."""
+    # The gradient of clamping is the rule itself, in one pass.
+    return torch.ops.aten.hardtanh_backward.grad_input(grad, latent, -bound, bound, grad_input=grad)
