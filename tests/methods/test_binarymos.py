@@ -15,7 +15,7 @@ from bimos import BimosError
 from bimos.methods import InputStatistics
 from bimos.methods.binarymos import BinaryMoSConfig, BinaryMoSLinear
 from bimos.methods.onebit import OneBitConfig
-from bimos.methods.ste import rank_one_svd, weighted_rank_one
+from bimos.methods.rank_one import rank_one_svd, weighted_rank_one
 
 
 def definition(x: Tensor, latent: Tensor, scale_in: Tensor, scale_out: Tensor, router: Tensor | None, bias: Tensor | None) -> Tensor:

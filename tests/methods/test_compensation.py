@@ -11,7 +11,7 @@ from torch import Tensor
 from bimos.methods import compensation
 from bimos.methods.base import InputStatistics
 from bimos.methods.compensation import Fit, _error, carry_over, compensated_fit, inverse_factor, statistics_factor, sweep
-from bimos.methods.ste import weighted_rank_one
+from bimos.methods.rank_one import weighted_rank_one
 
 
 def correlated_gram(width: int, rank: int, seed: int = 0) -> Tensor:

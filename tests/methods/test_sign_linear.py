@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bimos.kernels import native
 from bimos.methods import ste
-from bimos.methods.planes import SignPlane
+from bimos.methods.planes import Plane, SignPlane
 from bimos.methods.ste import SharedSigns, sign_linear
 
 needs_kernels = pytest.mark.skipif(native.isa() is None, reason=f"no C++ kernels: {native.problem}")
@@ -49,6 +49,28 @@ def test_tables_give_what_products_give(out: int, n_in: int, tokens: int, dtype:
     for actual, wanted in ((y, expected), (of_x, towards.double() @ signs), (of_latent, of_signs)):
         assert (actual.double() - wanted).norm() < 2e-2 * wanted.norm()  # sums of four inputs are rounded to 8 bits
     assert not hasattr(latent, "shared_signs")
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("plane", list(Plane))
+def test_tables_of_one_pass_are_those_of_shared_signs(dtype: torch.dtype, plane: Plane, tables: None) -> None:
+    torch.manual_seed(3)
+    latent = nn.Parameter(torch.randn(40, 72))
+    x, towards = torch.randn(33, 72).to(dtype), torch.randn(33, 40).to(dtype)
+    found = []
+    for context in (SharedSigns([SignPlane(latent, plane)], dtype), ste.by_tables()):
+        inputs = x.detach().requires_grad_()
+        with context:
+            y = sign_linear(inputs, latent, plane)
+            (y * towards).sum().backward()
+        found.append((y.detach(), inputs.grad, latent.grad))
+        latent.grad = None
+    for shared, fresh in zip(*found, strict=True):
+        assert shared is not None and fresh is not None and torch.equal(shared, fresh)
+    outside = sign_linear(x, latent, plane)
+    assert not torch.equal(outside, found[0][0])  # by torch, which rounds no sums
+    assert (outside.float() - found[0][0].float()).norm() < 2e-2 * outside.float().norm()
 
 
 @needs_kernels

@@ -25,7 +25,8 @@ from bimos.methods.coupled import coupled_fit, coupled_latents
 from bimos.methods.experts import cluster, tune_scales
 from bimos.methods.mixing import mix, route_and_mix
 from bimos.methods.planes import Plane, SignPlane, decision
-from bimos.methods.ste import compute_dtype, sign_linear, weighted_rank_one
+from bimos.methods.rank_one import weighted_rank_one
+from bimos.methods.ste import compute_dtype, sign_linear
 from bimos.packing.format import pack_signs
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bimos.methods.base import InputStatistics
-from bimos.methods.ste import weighted_rank_one
+from bimos.methods.rank_one import weighted_rank_one
 
 DAMPING = 0.3  # of the mean of H's diagonal, added to it
 PANEL = 96  # columns whose updates are applied to the rest at once

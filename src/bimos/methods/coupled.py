@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bimos.methods.compensation import Fit, compensated_fit, prepared, signs_of, sweep, turned
 from bimos.methods.planes import between_levels
-from bimos.methods.ste import weighted_rank_one
+from bimos.methods.rank_one import weighted_rank_one
 
 
 def coupled_fit(weight: Tensor, second_moment: Tensor, gram: Tensor | None, rounds: int, iterations: int) -> tuple[Fit, Fit]:

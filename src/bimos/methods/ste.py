@@ -1,9 +1,11 @@
-"""The straight-through sign, and the scales that fit a weight matrix best at the start."""
+"""The straight-through sign, and products with signs while training."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -31,6 +33,16 @@ class SignSTE(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (latent,) = ctx.saved_tensors
         return straight_through(grad.to(latent.dtype, copy=True), latent, ctx.plane), None, None
+
+
+class _Unwritten(SignSTE):
+    """The signs of a plane where nobody reads them: a place for their gradient, without memory."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, dtype: torch.dtype, plane: Plane) -> Tensor:
+        ctx.save_for_backward(latent)
+        ctx.plane = plane
+        return latent.new_empty((), dtype=dtype).expand(latent.shape)
 
 
 def write_signs(weight: Tensor, out: Tensor) -> Tensor:
@@ -114,14 +126,30 @@ def sign_ste(latent: Tensor, x: Tensor, plane: Plane = Plane.ONLY) -> Tensor:
 def sign_linear(x: Tensor, latent: Tensor, plane: Plane = Plane.ONLY) -> Tensor:
     """`x [..., in]` times the signs of a plane `[out, in]`, transposed; straight through, in the dtype of autocast or `x`.
 
-    With shared signs, by the tables of packed linears where those are the faster way (`tables_pay`), forward and for the gradient of `x`;
-    sums of four inputs are rounded to 8 bits then. In bfloat16 the gradient of the signs is a product of bytes, both sides rounded to
-    8 bits by columns of 64 tokens (`csrc/group8.h`).
+    With shared signs or within `by_tables`, by the tables of packed linears where those are the faster way (`tables_pay`), forward and for
+    the gradient of `x`; sums of four inputs are rounded to 8 bits then. In bfloat16 the gradient of the signs is a product of bytes, both
+    sides rounded to 8 bits by columns of 64 tokens (`csrc/group8.h`).
     """
-    shared = _shared(latent, plane)
-    if shared is None or shared.tiles is None or not x.dtype == compute_dtype(x) == shared.leaf.dtype:
-        return F.linear(x, sign_ste(latent, x, plane))
-    return _TableProduct.apply(x, shared.leaf, *shared.tiles)
+    dtype, shared = compute_dtype(x), _shared(latent, plane)
+    if x.dtype == dtype and shared is not None and shared.tiles is not None and shared.leaf.dtype == dtype:
+        return _TableProduct.apply(x, shared.leaf, *shared.tiles)
+    if x.dtype == dtype and shared is None and _tables_are_asked_for.get() and tables_pay(latent, dtype):
+        decided = decision(latent.detach(), plane)
+        return _TableProduct.apply(x, _Unwritten.apply(latent, dtype, plane), *_tiled(decided, False), *_tiled(decided, True))
+    return F.linear(x, sign_ste(latent, x, plane))
+
+
+@contextmanager
+def by_tables() -> Iterator[None]:
+    """Within it, in this thread, `sign_linear` goes by tables where they pay: for one pass a step, which has nothing to share."""
+    token = _tables_are_asked_for.set(True)
+    try:
+        yield
+    finally:
+        _tables_are_asked_for.reset(token)
+
+
+_tables_are_asked_for = ContextVar("tables_are_asked_for", default=False)
 
 
 def _shared(latent: Tensor, plane: Plane) -> _Shared | None:
@@ -164,37 +192,3 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
     is_bfloat16 = left.dtype == torch.bfloat16
     product: Tensor = torch.ops.bimos.group8_outer(left, right) if is_bfloat16 else left.T @ right
     return product
-
-
-def rank_one_svd(magnitude: Tensor) -> tuple[Tensor, Tensor]:
-    """`sqrt(s1) u1 [out]`, `sqrt(s1) v1 [in]` of `|W| [out, in]`: the start of OneBit (SVID) and BinaryMoS.
-
-    By power iteration: the matrix is non-negative, so its first singular vectors are and convergence is fast.
-    """
-    v = magnitude.mean(0)
-    for _ in range(30):
-        u = magnitude @ v
-        u /= u.norm().clamp_min(1e-30)
-        v = magnitude.T @ u
-        sigma = v.norm().clamp_min(1e-30)
-        v = v / sigma
-    return u * sigma.sqrt(), v * sigma.sqrt()
-
-
-def weighted_rank_one(magnitude: Tensor, column_weight: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Row scales `r [out]` and column scales `c [in]` that minimise `sum_ij h_j (|W_ij| - r_i c_j)^2`.
-
-    With `h_j = E[x_j^2]` this is the output error of the binarized linear for inputs that are uncorrelated.
-    Alternating least squares from the rank-1 SVD.
-
-    Args:
-        magnitude: `|W|`, float32 `[out, in]`.
-        column_weight: `h`, float32 `[in]`, non-negative.
-        iterations: alternations; each is two matrix-vector products.
-    """
-    r, c = rank_one_svd(magnitude)
-    weight = (column_weight / column_weight.mean().clamp_min(1e-30)).clamp_min(1e-6)
-    for _ in range(iterations):
-        r = (magnitude @ (weight * c)) / (weight * c * c).sum().clamp_min(1e-30)
-        c = (magnitude.T @ r) / (r * r).sum().clamp_min(1e-30)
-    return r, c

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from bimos.config import DistillConfig, LossConfig
 from bimos.errors import BimosError
 from bimos.lanes import Lanes
-from bimos.methods.ste import SharedSigns
+from bimos.methods.ste import SharedSigns, by_tables
 from bimos.processes import ALONE, Clock, Processes
 from bimos.training.budget import Budget, schedule
 from bimos.training.distillation import Distillation, is_bfloat16
@@ -76,7 +76,7 @@ class DistillTrainer(Trainer):
     ) -> None:
         super().__init__(model=model, args=args, **kwargs)
         self._clock, self._lanes, self._processes = clock, lanes, processes
-        self._signs: AbstractContextManager[Any] = nullcontext()
+        self._signs: AbstractContextManager[Any] | None = None
         if lanes.count > 1:
             planes = sign_planes(model.student)
             signed = {id(latent) for latent, _ in planes}
@@ -91,8 +91,9 @@ class DistillTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The Trainer's own, but on a CPU with the batch in two lanes and the signs made once for both."""
-        if self._lanes.count == 1:
-            return super().training_step(model, inputs, num_items_in_batch)
+        if self._signs is None:
+            with by_tables():
+                return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         factor = 1 / self.args.gradient_accumulation_steps
         # Sums of an earlier batch are set aside: that of three gradients would depend on which lane comes first.
