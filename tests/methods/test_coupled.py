@@ -85,7 +85,7 @@ def test_layer_is_the_sum_of_both_planes(experts: int) -> None:
     expected = linear.bias.expand(5, -1)
     assert layer.scale_in_2 is not None and layer.scale_out_2 is not None
     first = torch.where(layer.weight >= 0, 1.0, -1.0)
-    second = torch.where(layer.weight.abs() >= 1, first, -first)
+    second = torch.where(layer.weight.abs() >= 0.5, first, -first)
     planes = [(first, layer.scale_in, layer.scale_out), (second, layer.scale_in_2, layer.scale_out_2)]
     for signs, scale_in, scale_out in planes:
         expected = expected + (x * (gate @ scale_in)) @ signs.T * (gate @ scale_out)
