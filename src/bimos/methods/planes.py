@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-
 STEP = 0.5  # from level to level: twice the mean size of a single plane's latents at the start, so that rates mean the same
 MARGIN = 0.05  # of a step
 
