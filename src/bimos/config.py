@@ -13,6 +13,9 @@ import yaml
 from bimos.errors import BimosError
 from bimos.options import build
 
+# For whoever names no text: prose as WikiText is typeset, the web, chat. WikiText-103's split for training has no article of the test.
+DEFAULT_DATA = "Salesforce/wikitext:wikitext-103-raw-v1:0.75,allenai/c4:en:0.2,HuggingFaceTB/smoltalk:all:0.05"
+
 
 @dataclasses.dataclass
 class InitialiseConfig:
@@ -82,7 +85,7 @@ class RunConfig:
 
     method: str = "binarymos"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the method
-    data: str = ""
+    data: str = DEFAULT_DATA
     sequence_length: int = 512
     seed: int = 0
     tokens: int | None = None  # of stage 3

@@ -73,7 +73,7 @@ def test_bad_input(teacher_directory: Path, text_file: Path, tmp_path: Path, opt
 def test_models_and_texts_that_are_not_there(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
     rest = ["-o", tmp_path / "out", "--methods", "sign", "--ppl", text_file]
     refused(run("compare", "./no-such-model", "--data", text_file, *rest), "./no-such-model")
-    refused(run("compare", teacher_directory, *rest), "no training text", "--data")
+    refused(run("compare", teacher_directory, *rest, "--data", ""), "no training text", "--data")
     refused(run("inspect", "./no-such-model", "--text", "a b"), "./no-such-model")
     refused(run("inspect", teacher_directory, "--text", "a b", "-o", tmp_path / "i"), "no routers")
 

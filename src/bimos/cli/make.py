@@ -34,7 +34,11 @@ def quantize(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One option, over the file's. Repeatable.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="SRC", help="txt, jsonl or parquet file, folder, Hub dataset, mix `A:0.7,B:0.3`, or `self`.")
+        str | None,
+        typer.Option(
+            metavar="SRC",
+            help="txt, jsonl or parquet file, folder, Hub dataset, mix `A:0.7,B:0.3`, or `self`. [default: a Hub mix]",
+        ),
     ] = None,
     tokens: Annotated[int | None, typer.Option(metavar="N", help="Budget: tokens of end-to-end distillation.")] = None,
     minutes: Annotated[float | None, typer.Option(metavar="N", help="Budget: minutes of all stages together.")] = None,
