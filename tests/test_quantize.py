@@ -55,7 +55,7 @@ def test_budget_of_the_python_api(
 ) -> None:
     seen: list[RunConfig] = []
 
-    def stop(teacher: Any, tokenizer: Any, config: RunConfig, *more: Any) -> None:
+    def stop(teacher: Any, tokenizer: Any, config: RunConfig, *more: Any, **named: Any) -> None:
         seen.append(config)
         raise InterruptedError
 

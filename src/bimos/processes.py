@@ -34,7 +34,7 @@ class Processes:
     """Process `rank` of `count`. Every method but `share` and `divided` is called by all of them, in the same order."""
 
     def __init__(self, rank: int = 0, count: int = 1, device: torch.device | None = None) -> None:
-        self.rank, self.count, self._device = rank, count, device
+        self.rank, self.count, self.device = rank, count, device
 
     @property
     def is_first(self) -> bool:
@@ -62,7 +62,7 @@ class Processes:
                 answer[0] = function()
             except BimosError as error:
                 answer[1] = str(error)
-        dist.broadcast_object_list(answer, 0, device=self._device)
+        dist.broadcast_object_list(answer, 0, device=self.device)
         if answer[1] is not None:
             raise BimosError(answer[1])
         return answer[0]
@@ -132,7 +132,7 @@ class Processes:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
     def _number(self, value: float, collective: Callable[[Tensor], Any]) -> float:
-        tensor = torch.tensor(value, dtype=torch.float64, device=self._device)
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         collective(tensor)
         return tensor.item()
 
@@ -161,13 +161,17 @@ def are_several() -> bool:
 
 
 @functools.cache
-def current() -> Processes:
-    """The processes that this one was started with; the first call waits for all of them."""
+def current(device: str = "cpu") -> Processes:
+    """The processes that this one was started with; the first call waits for all of them.
+
+    Args:
+        device: on which they train; each has a GPU of its own on `cuda`.
+    """
     if not are_several():
         return ALONE
     for engine in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):  # of a launcher's config: models are sharded here
         os.environ.pop(engine, None)
     from accelerate import PartialState
 
-    state = PartialState(cpu=True, timeout=PATIENCE)  # training has no other device yet
+    state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
     return Processes(state.process_index, state.num_processes, state.device)

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import get_available_reporting_integrations
 
 from bimos.config import RunConfig
+from bimos.devices import chosen_device
 from bimos.errors import BimosError
 from bimos.evaluation.perplexity import maximum_context, perplexity
 from bimos.evaluation.report import write_report
@@ -35,7 +36,7 @@ from bimos.packing.checkpoint import check_output, save_packed
 from bimos.packing.embedding import quantize_embeddings
 from bimos.packing.hf import pack_model, restore_rotary
 from bimos.packing.sizes import size_report
-from bimos.processes import Processes, are_several, current
+from bimos.processes import ALONE, Processes, are_several, current
 from bimos.resume import WORK, check_same_run, fingerprint, read_run, remembered, settle
 from bimos.stages import gathered, train
 from bimos.training.estimate import peak_memory
@@ -66,6 +67,7 @@ def quantize(
     data: str,
     tokenizer: Any = None,
     console: Console | None = None,
+    device: str | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Binarize a model in memory: `bimos.quantize(model, BinaryMoSConfig(num_experts=4), data="wiki.txt", minutes=30)`.
@@ -75,6 +77,7 @@ def quantize(
         method: which method, with its options.
         data: see `bimos.training.sources`.
         tokenizer: of a loaded model; by default the one found under the model's name.
+        device: where to train, `cpu` or `cuda`; None: where a loaded model is, else the CPU. The packed model comes back there.
         options: fields of `RunConfig`, such as `tokens`, `minutes` (an hour, if neither is given), `seed`, `distill={"lr_latent": 1e-3}`.
 
     Returns:
@@ -91,24 +94,27 @@ def quantize(
         if config.low_memory:  # which gives back pages: what was changed in memory would be lost
             raise BimosError("low_memory reads a model from its files: give a directory or a Hub id, not a model that is loaded")
         teacher, tokenizer = model, tokenizer or load_tokenizer(str(model.name_or_path))
+        place = teacher.device if device is None else chosen_device(device, ALONE)
     else:
-        teacher, found = _load(model, config)
+        place = chosen_device(device or "cpu", ALONE)
+        teacher, found = _load(model, config, place)
         tokenizer = tokenizer or found
     _check_low_memory(config)
     _check_fit(teacher, method, config)
     dtype = teacher.dtype if isinstance(model, PreTrainedModel) else torch.bfloat16
-    working, was_training = _working_dtype(teacher), teacher.training
-    if teacher.dtype != working and not config.low_memory:  # mapped: block by block
+    working, was_training = _working_dtype(teacher, place), teacher.training
+    if (teacher.dtype, teacher.device) != (working, place) and not config.low_memory:  # mapped: block by block
         teacher = copy.deepcopy(teacher)
         restore_rotary(teacher)  # widened, frequencies that were rounded would pass for exact ones
-        teacher.to(working)  # type: ignore[arg-type]
+        teacher.to(place, working)  # type: ignore[arg-type]
     teacher.eval()  # what it says must not depend on dropout
     try:
         with tempfile.TemporaryDirectory(prefix="bimos-") as work:
-            student, _ = train(teacher, tokenizer, config, Path(work), console)
+            student, _ = train(teacher, tokenizer, config, Path(work), console, device=place)
     finally:
         teacher.train(was_training)
-    return pack_model(student, method=config.method, options=method.to_dict(), embedding_bits=config.embedding_bits, dtype=dtype)
+    packed = pack_model(student.cpu(), method=config.method, options=method.to_dict(), embedding_bits=config.embedding_bits, dtype=dtype)
+    return packed.to(place)  # type: ignore[arg-type]
 
 
 def run(
@@ -120,12 +126,14 @@ def run(
     overwrite: bool = False,
     console: Console | None = None,
     evaluate: Sequence[str] = (),
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Binarize `model` into the directory `output`; the work behind `bimos quantize`.
 
     Args:
         config: None with `resume` continues with the config that the run was started with.
         evaluate: texts on which to measure the perplexity of teacher and student (see `bimos.evaluation.texts`).
+        device: where to train, `cpu` or `cuda`; packing and measuring are done on the CPU.
 
     Returns:
         The result as in the JSON of `bimos quantize`; also left as `result.json` and `report.html` in `output`.
@@ -134,10 +142,11 @@ def run(
         BimosError: bad input, an output that may not be written, or a run to resume that is not there or is another; another process
             of this run has ended.
     """
-    processes = current()
+    processes = current(device)
     with processes.guarded():
         console = console if processes.is_first else None
-        return _run(model, Path(output).expanduser(), config, resume, overwrite, console, evaluate, processes)
+        place = chosen_device(device, processes)
+        return _run(model, Path(output).expanduser(), config, resume, overwrite, console, evaluate, processes, place)
 
 
 def _run(
@@ -149,6 +158,7 @@ def _run(
     console: Console | None,
     evaluate: Sequence[str],
     processes: Processes,
+    device: torch.device,
 ) -> dict[str, Any]:
     began = time.monotonic()
     work = output / WORK
@@ -158,12 +168,12 @@ def _run(
         processes.divided(size, key)
     if processes.count > 1 and any(source.kind == "self" for source in parse_sources(config.data)):
         raise BimosError("text of 'self' is written by one process; write it with `bimos quantize` in one, or give other --data")
-    teacher, tokenizer = _load(model, config)
+    teacher, tokenizer = _load(model, config, device)
     _check_fit(teacher, method, config)
     facts = {"model": str(model), "weights": fingerprint(teacher), "config": config.to_dict(), "evaluate": list(evaluate)}
     processes.first(lambda: _write_run(output, facts, resume))
     try:
-        student, stages = train(teacher, tokenizer, config, work, console, started=began, processes=processes)
+        student, stages = train(teacher, tokenizer, config, work, console, began, processes, device)
     except (BimosError, RuntimeError):
         if processes.is_first and not any(work.glob("tokens/*/tokens.bin")):  # a false start: nothing to resume, so nothing in the way
             shutil.rmtree(work, ignore_errors=True)
@@ -177,8 +187,8 @@ def _run(
         gc.collect()  # parts refer to each other; the first process needs the room, and others may be on its machine
 
     def finish() -> dict[str, Any]:
-        teacher, student = models or gathered(_load(model, config)[0], method, config, work)
-        return _finish(teacher, student, tokenizer, output, config, facts, stages, began, console)
+        teacher, student = models or gathered(_load(model, config, torch.device("cpu"))[0], method, config, work)
+        return _finish(teacher.cpu(), student.cpu(), tokenizer, output, config, facts, stages, began, console)
 
     return processes.first(finish)
 
@@ -293,8 +303,12 @@ def _with_budget(config: RunConfig, method: MethodConfig) -> RunConfig:
     return dataclasses.replace(config, minutes=DEFAULT_MINUTES if endless else config.minutes)
 
 
-def _load(model: str | Path, config: RunConfig) -> tuple[PreTrainedModel, Any]:
-    return load_mapped(model, native.fast_dtype(torch.bfloat16)) if config.low_memory else load_teacher(model)
+def _load(model: str | Path, config: RunConfig, device: torch.device) -> tuple[PreTrainedModel, Any]:
+    """Teacher, on `device` unless it stays in its files, and tokenizer."""
+    if config.low_memory:
+        return load_mapped(model, native.fast_dtype(torch.bfloat16, device))
+    teacher, tokenizer = load_teacher(model, None if device.type == "cpu" else torch.bfloat16)
+    return teacher.to(device), tokenizer  # type: ignore[arg-type]
 
 
 def _check_low_memory(config: RunConfig, evaluate: Sequence[str] = ()) -> None:
@@ -307,10 +321,10 @@ def _check_low_memory(config: RunConfig, evaluate: Sequence[str] = ()) -> None:
         raise BimosError("--low-memory does not hold the whole model, which would have to write the text of 'self'; give other --data")
 
 
-def _working_dtype(teacher: PreTrainedModel) -> torch.dtype:
+def _working_dtype(teacher: PreTrainedModel, device: torch.device) -> torch.dtype:
     """What to train in. Not float16, in which gradients of a loss per token vanish."""
     dtype = torch.bfloat16 if teacher.dtype == torch.float16 else teacher.dtype
-    return native.fast_dtype(dtype) if teacher.device.type == "cpu" else dtype
+    return native.fast_dtype(dtype, device)
 
 
 def _check_fit(teacher: PreTrainedModel, method: MethodConfig, config: RunConfig) -> None:

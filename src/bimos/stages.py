@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -34,8 +35,12 @@ def train(
     console: Console | None,
     started: float | None = None,
     processes: Processes = ALONE,
+    device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
     """The three stages; everything that survives a restart lies in `work`.
+
+    Args:
+        device: where to train; None: where the teacher is.
 
     Returns:
         The trained student and the stages' reports. Behind the distillation of several processes the student is in parts: `gathered`.
@@ -57,7 +62,7 @@ def train(
         overhead = processes.agreed(time.monotonic() - started)
         share = config.blocks.share if config.distill.enabled else 1.0
         seconds = total * share if total is not None and config.blocks.enabled else None
-        report = reconstruct_blocks(teacher, windows, method, config, work / "blocks", progress, seconds, processes)
+        report = reconstruct_blocks(teacher, windows, method, config, work / "blocks", progress, seconds, processes, device)
         student = uninitialised_student(teacher, method, config.skip)
         load_blocks(student, work / "blocks")
         stages = [report]

@@ -49,6 +49,7 @@ def quantize(
     ppl: Annotated[str | None, typer.Option(metavar="TEXTS", help="Then measure perplexity, as `bimos eval --ppl`.")] = None,
     resume: Annotated[bool, typer.Option("--resume", metavar="", help="Continue the interrupted run in the output directory.")] = False,
     overwrite: Overwrite = False,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where to train; several processes on `cuda` have a GPU each.")] = "cpu",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", metavar="", help="Only say how large it gets and what memory it takes; reads no weights.")
     ] = False,
@@ -77,19 +78,19 @@ def quantize(
     from bimos.resume import remembered
 
     # An interrupted run remembers its options; what is given here is compared with those.
-    base = read_yaml(config) if config else current().first(lambda: remembered(output)) if resume and output else {}
+    base = read_yaml(config) if config else current(device).first(lambda: remembered(output)) if resume and output else {}
     run_config = RunConfig.from_dict(override(base, assignments or []) | given, str(config) if config else "options")
 
     out = console(json)
     if dry_run or output is None:
-        if not current().is_first:
+        if not current(device).is_first:
             return
         result = plan(model, run_config)
         show.plan(out, result)
     else:
         texts = show.split(ppl)
-        result = run(model, output, run_config, resume=resume, overwrite=overwrite, console=out, evaluate=texts)
-        if not current().is_first:  # one of several processes tells of it
+        result = run(model, output, run_config, resume=resume, overwrite=overwrite, console=out, evaluate=texts, device=device)
+        if not current(device).is_first:  # one of several processes tells of it
             return
         show.sizes(out, result)
         show.perplexities(out, result)

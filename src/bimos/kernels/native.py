@@ -53,12 +53,16 @@ def pays(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and isa() == "avx2" and not _multiplies_bfloat16()
 
 
-def fast_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values kept as `dtype` are best multiplied on the CPU: float32 for 16 bits where torch has no way with those.
+def fast_dtype(dtype: torch.dtype, device: torch.device | None = None) -> torch.dtype:
+    """The dtype in which values kept as `dtype` are best multiplied: on a CPU, float32 for 16 bits where torch has no way with those.
 
     On a processor without AVX-512 a product of bfloat16 matrices takes nine times as long as one of float32.
+
+    Args:
+        device: where. None: on the CPU.
     """
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) and not _multiplies_bfloat16() else dtype
+    is_slow = (device is None or device.type == "cpu") and dtype in (torch.bfloat16, torch.float16) and not _multiplies_bfloat16()
+    return torch.float32 if is_slow else dtype
 
 
 @functools.cache

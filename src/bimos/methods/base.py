@@ -51,9 +51,9 @@ class InputStatistics:
     importance: Tensor | None = None
 
     @classmethod
-    def uninformed(cls, in_features: int) -> Self:
+    def uninformed(cls, in_features: int, device: torch.device | None = None) -> Self:
         """Statistics of white noise: initialisation then minimises the plain weight error."""
-        return cls(torch.ones(in_features), torch.zeros(0, in_features))
+        return cls(torch.ones(in_features, device=device), torch.zeros(0, in_features, device=device))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,7 @@ def tune_scales(layer: TrainableLinear, weight: Tensor, statistics: InputStatist
         layer: its experts, if there are several, all alike; the values of its router do not matter.
     """
     sample, device = statistics.sample, statistics.sample.device
-    dtype = native.fast_dtype(torch.bfloat16)
+    dtype = native.fast_dtype(torch.bfloat16, device)
     narrow = sample.to(dtype)
     answers = F.linear(narrow, weight.to(dtype), None if layer.bias is None else layer.bias.detach().to(dtype))
     importance = torch.ones(len(sample), device=device) if statistics.importance is None else statistics.importance

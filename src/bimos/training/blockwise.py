@@ -68,6 +68,7 @@ def reconstruct_blocks(
     progress: Progress,
     seconds: float | None,
     processes: Processes = ALONE,
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Initialise and reconstruct every block; leaves their files in `directory`.
 
@@ -78,16 +79,19 @@ def reconstruct_blocks(
             same number: as many as fit with their epochs, or `TRAINED` tokens with what training there is time for, or, where not even
             a start fits on those, as many as that can see, without training.
         processes: between which the work is divided.
+        device: where blocks are trained; None: where the teacher is. With `low_memory` that is another.
 
     Returns:
         The stage's report: tokens, seconds, tokens per second and block, peak memory, first and last error of every block.
     """
     size = processes.divided(min(config.blocks.batch_size, len(windows)), "blocks.batch_size")
     windows = processes.share(windows, size * processes.count)
-    lanes = Lanes(size if size % LANES == 0 else 1, windows.device)  # both lanes call blocks with the same number of rows
-    dtype = native.fast_dtype(torch.bfloat16) if config.low_memory else None
+    entry: Any = teacher.get_input_embeddings()  # type: ignore[operator]
+    windows, device = windows.to(entry.weight.device), device or entry.weight.device
+    lanes = Lanes(size if size % LANES == 0 else 1, device)  # both lanes call blocks with the same number of rows
+    dtype = native.fast_dtype(torch.bfloat16, device) if config.low_memory else None
     with fused(teacher, dtype=dtype), lanes:
-        return _each_block(teacher, windows, method, config, directory, progress, seconds, size, lanes, processes)
+        return _each_block(teacher, windows, method, config, directory, progress, seconds, size, lanes, processes, device)
 
 
 def _each_block(
@@ -101,6 +105,7 @@ def _each_block(
     size: int,
     lanes: Lanes,
     processes: Processes,
+    device: torch.device,
 ) -> dict[str, Any]:
     """`windows` and `size` are this process's."""
     prefix, blocks = decoder_blocks(teacher)
@@ -108,10 +113,10 @@ def _each_block(
         progress.note("this model's weights are not mapped from .safetensors files here: all of them stay in memory")
     reset_peak()
     directory.mkdir(parents=True, exist_ok=True)
-    dtype = native.fast_dtype(torch.bfloat16)
+    dtype = native.fast_dtype(torch.bfloat16, device)
     names = [name.removeprefix(prefix + ".").split(".", 1) for name in convertible_linears(teacher, config.skip)]
-    with entering_in(teacher, dtype) if config.low_memory else nullcontext():
-        first = working_copy(blocks[0], dtype) if config.low_memory else None
+    with entering_in(teacher, dtype, device) if config.low_memory else nullcontext():
+        first = working_copy(blocks[0], dtype, device) if config.low_memory else None
         _, calls = capture(teacher, windows[:size], first)
         lane_calls = calls if lanes.count == 1 else capture(teacher, windows[: size // lanes.count], first)[1]
         del first
@@ -124,7 +129,7 @@ def _each_block(
     progress.begin("block reconstruction", len(blocks))
     for index, (stored, call, lane_call) in enumerate(zip(blocks, calls, lane_calls, strict=True)):
         local = [name for number, name in names if int(number) == index]
-        block = working_copy(stored, dtype) if config.low_memory else stored
+        block = working_copy(stored, dtype, device) if config.low_memory else stored
         trainable = copy.deepcopy(block)
         path = block_file(directory, index)
         found = _finished(path)
@@ -294,7 +299,7 @@ def _average(parameters: list[nn.Parameter], processes: Processes) -> None:
     """Gradients over all processes, in place; a process that has none of a parameter (a linear that saw no token) counts as zero."""
     if processes.count == 1:
         return
-    used = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
+    used = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=parameters[0].device)
     processes.add([used])
     for parameter, count in zip(parameters, used.tolist(), strict=True):
         if count and parameter.grad is None:

@@ -82,17 +82,17 @@ def _give_back(first: int, last: int) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(advice))
 
 
-def working_copy(block: nn.Module, dtype: torch.dtype) -> nn.Module:
+def working_copy(block: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A copy of `block` in memory, its floating point values in `dtype`."""
-    return copy.deepcopy(block).to(KEPT).to(dtype)
+    return copy.deepcopy(block).to(device, KEPT).to(dtype)
 
 
 @contextmanager
-def entering_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Within it, hidden states are in `dtype` from the embedding on, whatever the weights of `model` are in."""
+def entering_in(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Within it, hidden states are in `dtype` on `device` from the embedding on, whatever and wherever the weights of `model` are."""
 
     def cast(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output.to(KEPT).to(dtype)
+        return output.to(device, KEPT).to(dtype)
 
     hook = model.get_input_embeddings().register_forward_hook(cast)  # type: ignore[operator]
     try:

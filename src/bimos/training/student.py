@@ -34,7 +34,7 @@ def binarize(
     """
     for name in names:
         linear = module.get_submodule(name)
-        known = statistics.get(name) or InputStatistics.uninformed(linear.in_features)  # type: ignore[arg-type]
+        known = statistics.get(name) or InputStatistics.uninformed(linear.in_features, linear.weight.device)  # type: ignore[arg-type]
         layer = config.layer.from_linear(linear, config, known, generator)  # type: ignore[arg-type]
         module.set_submodule(name, layer)
 

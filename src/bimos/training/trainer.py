@@ -237,6 +237,8 @@ def distill(
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # the Trainer would copy the model to all GPUs that it sees; several are for as many processes
     time_of_all = Clock(processes)
     budget.clock = time_of_all
     clock = _Clock(budget, time_of_all, tokens_per_step, config.checkpoint_minutes, progress)
