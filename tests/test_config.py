@@ -219,12 +219,17 @@ def test_tokens_for_no_distillation() -> None:
 
 def test_what_is_left_to_the_method() -> None:
     default = RunConfig()
-    assert default.settled(True).blocks.enabled and default.settled(True).distill.enabled and default.settled(True).initialise.refit
-    untrained = default.settled(False)
+    trained = default.settled(method_config("binarymos"))
+    assert trained.blocks.enabled and trained.distill.enabled and trained.initialise.refit
+    untrained = default.settled(method_config("gptq2"))
     assert (untrained.blocks.enabled, untrained.distill.enabled, untrained.initialise.refit) == (False, False, False)
-    asked = RunConfig.from_dict({"tokens": 64, "distill": {"enabled": True}}).settled(False)
+    asked = RunConfig.from_dict({"tokens": 64, "distill": {"enabled": True}}).settled(method_config("gptq2"))
     assert asked.distill.enabled and not asked.blocks.enabled
     with pytest.raises(BimosError, match=r"method 'gptq2' is not trained: leave out --tokens, or set distill.enabled=true"):
-        RunConfig.from_dict({"method": "gptq2", "tokens": 64}).settled(False)
+        RunConfig.from_dict({"method": "gptq2", "tokens": 64}).settled(method_config("gptq2"))
     with pytest.raises(BimosError, match="budget of distillation, which is off"):
         RunConfig.from_dict({"tokens": 64, "distill": {"enabled": False}})
+    rates = [default.settled(method_config("binarymos", {"planes": planes})).distill.lr_latent for planes in (1, 2)]
+    assert rates == [7e-4, 1.5e-4]
+    given = RunConfig.from_dict({"distill": {"lr_latent": 3e-4}})
+    assert given.settled(method_config("binarymos", {"planes": 2})).distill.lr_latent == 3e-4

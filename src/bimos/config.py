@@ -6,12 +6,15 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import yaml
 
 from bimos.errors import BimosError
 from bimos.options import build
+
+if TYPE_CHECKING:
+    from bimos.methods.base import MethodConfig
 
 # For whoever names no text: prose as WikiText is typeset, the web, chat. WikiText-103's split for training has no article of the test.
 DEFAULT_DATA = "Salesforce/wikitext:wikitext-103-raw-v1:0.75,allenai/c4:en:0.2,HuggingFaceTB/smoltalk:all:0.05"
@@ -47,7 +50,7 @@ class DistillConfig:
     enabled: bool | None = None  # null: if the method is trained
     batch_size: int = 2  # sequences a step
     accumulate: int = 1  # steps whose gradients are added up
-    lr_latent: float = 7.0e-4
+    lr_latent: float | None = None  # null: what the method says, 7e-4 for most
     lr_scale: float = 8.0e-4
     lr_router: float = 3.0e-5
     expert_share: float = 0.1  # of what the gradients of a layer's scaling experts differ by; 1: as they are
@@ -113,12 +116,13 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def settled(self, trained: bool) -> Self:
-        """The config with every null that means "if the method is trained" decided.
+    def settled(self, method: MethodConfig) -> Self:
+        """The config with every null decided that means "if the method is trained" or "what the method says".
 
         Raises:
             BimosError: what it comes to is no run.
         """
+        trained = method.trained
         if self.tokens is not None and self.distill.enabled is None and not trained:
             raise BimosError(f"method '{self.method}' is not trained: leave out --tokens, or set distill.enabled=true")
         sections: dict[str, Any] = {}
@@ -126,6 +130,8 @@ class RunConfig:
             section = getattr(self, name)
             wanted = trained and not (name == "distill" and self.low_memory)
             sections[name] = dataclasses.replace(section, **{key: decided(getattr(section, key), wanted)})
+        if self.distill.lr_latent is None:
+            sections["distill"] = dataclasses.replace(sections["distill"], lr_latent=method.lr_latent())
         run = dataclasses.replace(self, **sections)
         run.check()
         return run

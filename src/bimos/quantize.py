@@ -180,7 +180,7 @@ def _run(
             with contextlib.suppress(OSError):
                 output.rmdir()
         raise
-    in_parts = processes.count > 1 and bool(config.settled(method.trained).distill.enabled)
+    in_parts = processes.count > 1 and bool(config.settled(method).distill.enabled)
     models = None if in_parts else (teacher, student)
     del teacher, student
     if in_parts:
@@ -293,14 +293,15 @@ def _write_run(output: Path, facts: dict[str, Any], resume: bool) -> None:
 
 
 def _with_budget(config: RunConfig, method: MethodConfig) -> RunConfig:
-    """The config, with the default's minutes where something is trained and neither minutes nor tokens are given.
+    """The config, with the method's rate, and the default's minutes where something is trained and neither minutes nor tokens are given.
 
     Raises:
         BimosError: see `RunConfig.settled`.
     """
-    settled = config.settled(method.trained)
+    settled = config.settled(method)
     endless = config.tokens is None and config.minutes is None and bool(settled.blocks.enabled or settled.distill.enabled)
-    return dataclasses.replace(config, minutes=DEFAULT_MINUTES if endless else config.minutes)
+    distill = dataclasses.replace(config.distill, lr_latent=settled.distill.lr_latent)
+    return dataclasses.replace(config, minutes=DEFAULT_MINUTES if endless else config.minutes, distill=distill)
 
 
 def _load(model: str | Path, config: RunConfig, device: torch.device) -> tuple[PreTrainedModel, Any]:

@@ -47,7 +47,7 @@ def train(
     """
     started = time.monotonic() if started is None else started
     method = method_config(config.method, config.options)
-    config = config.settled(method.trained)
+    config = config.settled(method)
     length = config.sequence_length
     stream = TokenStream(config.data, tokenizer, length, config.seed, work / "tokens", teacher=teacher)
     processes.first(lambda: check_same_text(stream, work / "text.json"))

@@ -104,7 +104,9 @@ def _config(values: dict[str, Any], options: list[str], shared: dict[str, Any], 
     if values["tokens"] is None and values["minutes"] is None:
         values["minutes"] = DEFAULT_MINUTES
     config = RunConfig.from_dict(values, source)
-    row_config(config)
+    method = row_config(config)
+    if config.distill.lr_latent is None:  # so that the row says what it was run with
+        config = dataclasses.replace(config, distill=dataclasses.replace(config.distill, lr_latent=method.lr_latent()))
     return config
 
 

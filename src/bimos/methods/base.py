@@ -56,6 +56,9 @@ class InputStatistics:
         return cls(torch.ones(in_features, device=device), torch.zeros(0, in_features, device=device))
 
 
+LR_LATENT = 7.0e-4
+
+
 @dataclasses.dataclass(frozen=True)
 class MethodConfig:
     """Options of one method. Subclasses add fields; every field has a default.
@@ -75,6 +78,10 @@ class MethodConfig:
             BimosError: this method cannot store a linear of that shape.
         """
         raise NotImplementedError
+
+    def lr_latent(self) -> float:
+        """Of latents in the distillation, unless a run's config gives one."""
+        return LR_LATENT
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -173,6 +173,10 @@ class BinaryMoSConfig(MethodConfig):
         if self.latent_magnitude is not None and self.latent_magnitude <= 0:
             raise BimosError(f"latent_magnitude={self.latent_magnitude}: must be positive, or null for the teacher's weights as they are")
 
+    def lr_latent(self) -> float:
+        # Behind the blocks four levels are near the teacher; what turns by chance is then a loss.
+        return 1.5e-4 if self.planes == 2 else super().lr_latent()
+
     def packed_layout(self, in_features: int, out_features: int, bias: bool) -> dict[str, StoredTensor]:
         experts = self.num_experts
         layout = plane_layout(self.planes, in_features, out_features) | {

@@ -40,7 +40,7 @@ def peak_memory(model: nn.Module, config: RunConfig) -> dict[str, int]:
         largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
         weights = 2 * (sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in blocks.parameters())) + (2 + 2 * value) * largest
     method = method_config(config.method, config.options)
-    config = config.settled(method.trained)
+    config = config.settled(method)
     latent = sum(_latents(method, m) for m in linears.values())
     whole: Any = model.config
     settings = whole.get_text_config()

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from bimos.config import DistillConfig, LossConfig
 from bimos.errors import BimosError
 from bimos.lanes import Lanes
+from bimos.methods.base import LR_LATENT
 from bimos.methods.ste import SharedSigns, by_tables
 from bimos.processes import ALONE, Clock, Processes
 from bimos.training.budget import Budget, schedule
@@ -216,7 +217,7 @@ def distill(
     """
     rates = {"scale": config.lr_scale, "router": config.lr_router}
     if config.train == "all":
-        rates["latent"] = config.lr_latent
+        rates["latent"] = LR_LATENT if config.lr_latent is None else config.lr_latent
     if config.train_norms:
         rates["norm"] = config.lr_scale
     select(student, rates)
