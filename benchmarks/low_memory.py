@@ -4,6 +4,7 @@
 
 The model (22 blocks, hidden 2048, ffn 5632, 32 heads, 4 of keys; 2.2 GB in bfloat16) and a tokenizer trained on the text are made once, in
 build/low-memory. Peak memory is that of the process, files that are mapped included, since stage 2 began; beside it lie the hidden states.
+With `--blocks` the model has fewer blocks, and a folder of its own: what a block takes is the same.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ SHAPE: dict[str, Any] = {
 SHARD = "500MB"
 
 
-def make(folder: Path, data: str) -> None:
+def make(folder: Path, data: str, blocks: int) -> None:
     if (folder / "tokenizer.json").exists():
         return
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=torch.bfloat16).save_pretrained(folder, max_shard_size=SHARD)
+    shape = SHAPE | {"num_hidden_layers": blocks}
+    AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16).save_pretrained(folder, max_shard_size=SHARD)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -51,12 +53,14 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="a txt or jsonl file")
     parser.add_argument("--method", default="binarymos")
     parser.add_argument("--tokens", type=int, default=8192, help="of calibration")
+    parser.add_argument("--blocks", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--folder", type=Path, default=Path("build/low-memory"))
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
-    model, packed, report = (arguments.folder / name for name in ("llama-1.1b", "packed", "result.json"))
+    name = "llama-1.1b" if arguments.blocks == SHAPE["num_hidden_layers"] else f"llama-{arguments.blocks}-blocks"
+    model, packed, report = (arguments.folder / part for part in (name, "packed", "result.json"))
     model.mkdir(parents=True, exist_ok=True)
-    make(model, arguments.data)
+    make(model, arguments.data, arguments.blocks)
     began = time.monotonic()
     subprocess.run(
         [
@@ -72,6 +76,7 @@ def main() -> None:
     hidden = 2 * arguments.tokens * SHAPE["hidden_size"] * native.fast_dtype(torch.bfloat16).itemsize
     found = {
         "method": arguments.method,
+        "blocks": arguments.blocks,
         "calibration_tokens": arguments.tokens,
         "model_bytes": sum(path.stat().st_size for path in model.glob("*.safetensors")),
         "packed_bytes": result["total_bytes"],

@@ -40,8 +40,8 @@ class GPTQ2Linear(Integer2Linear):
             group = int(order[j]) // size
             return scale[:, group] * odd_numbers(value, scale[:, group], offset[:, group]) + offset[:, group]
 
-        latent = sweep(weight[:, order], factor, rounded, panel=size, begin=settle if config.order == "columns" else None)
-        return Start(latent[:, order.argsort()], scale, offset)
+        latent = sweep(weight, factor, rounded, panel=size, begin=settle if config.order == "columns" else None, order=order)
+        return Start(latent, scale, offset)
 
 
 @register
