@@ -33,10 +33,11 @@ from bimos.models import convertible_linears, decoder_blocks
 from bimos.processes import ALONE, Clock, Processes
 from bimos.training.budget import Budget, schedule
 from bimos.training.fused import fused
+from bimos.training.hidden import give_back, on_disk
 from bimos.training.initialise import initialise_block
 from bimos.training.losses import relative_error
 from bimos.training.mapped import entering_in, release, working_copy
-from bimos.training.memory import peak_bytes, reset_peak
+from bimos.training.memory import given_back, peak_bytes, reset_peak
 from bimos.training.optimizer import build_optimizer, set_rate, sign_planes
 from bimos.training.pacing import LATE, PASSES, STARTING, TRAINED, Pace, seconds_a_token, sequences_ahead
 from bimos.training.progress import Progress
@@ -86,7 +87,7 @@ def reconstruct_blocks(
     windows = processes.share(windows, size * processes.count)
     lanes = Lanes(size if size % LANES == 0 else 1, windows.device)  # both lanes call blocks with the same number of rows
     dtype = native.fast_dtype(torch.bfloat16) if config.low_memory else None
-    with fused(teacher, dtype=dtype), lanes:
+    with fused(teacher, dtype=dtype), lanes, given_back() if config.low_memory else nullcontext():
         return _each_block(teacher, windows, method, config, directory, progress, seconds, size, lanes, processes)
 
 
@@ -106,8 +107,8 @@ def _each_block(
     prefix, blocks = decoder_blocks(teacher)
     if config.low_memory and not release(blocks):  # read when the model was loaded
         progress.note("this model's weights are not mapped from .safetensors files here: all of them stay in memory")
-    reset_peak()
     directory.mkdir(parents=True, exist_ok=True)
+    reset_peak()
     dtype = native.fast_dtype(torch.bfloat16)
     names = [name.removeprefix(prefix + ".").split(".", 1) for name in convertible_linears(teacher, config.skip)]
     with entering_in(teacher, dtype) if config.low_memory else nullcontext():
@@ -115,8 +116,9 @@ def _each_block(
         _, calls = capture(teacher, windows[:size], first)
         lane_calls = calls if lanes.count == 1 else capture(teacher, windows[: size // lanes.count], first)[1]
         del first
-        stream = torch.cat([embed(teacher, windows[rows]) for rows in batches(len(windows), size)])
-    student_stream = stream.clone()
+        stream, student_stream = _entering(teacher, windows, size, directory if config.low_memory else None)
+    if config.low_memory:
+        release(teacher)  # the embedding has been read for the last time
     history: list[dict[str, Any]] = []
     worked = trained_tokens = 0.0
     if config.low_memory:
@@ -124,8 +126,7 @@ def _each_block(
     progress.begin("block reconstruction", len(blocks))
     for index, (stored, call, lane_call) in enumerate(zip(blocks, calls, lane_calls, strict=True)):
         local = [name for number, name in names if int(number) == index]
-        block = working_copy(stored, dtype) if config.low_memory else stored
-        trainable = copy.deepcopy(block)
+        block, trainable = (working_copy(stored, dtype) for _ in range(2)) if config.low_memory else (stored, copy.deepcopy(stored))
         path = block_file(directory, index)
         found = _finished(path)
         if found is not None:
@@ -171,7 +172,9 @@ def _each_block(
             own = {name: tensor for name, tensor in trainable.state_dict().items() if _is_own(trainable, name)}
             if processes.is_first:
                 save_tensors(own, path, {key: repr(value) for key, value in entry.items()})
+            del own
             processes.wait()
+        del block, trainable  # before there is another
         if config.low_memory:
             release(stored)
         kept = int(entry["next_sequences"]) // processes.count
@@ -190,6 +193,20 @@ def _each_block(
         "loss_last": sum(entry["loss_last"] for entry in history) / len(history),
         "blocks": history,
     }
+
+
+def _entering(teacher: nn.Module, windows: Tensor, size: int, directory: Path | None) -> tuple[Tensor, Tensor]:
+    """What enters the first block, `[n, T, d]`, once for the teacher and once for the student; on disk where a directory is given."""
+    streams: list[Tensor] = []
+    for rows in batches(len(windows), size):
+        hidden = embed(teacher, windows[rows])
+        if not streams:
+            shape = (len(windows), *hidden.shape[1:])
+            streams = [hidden.new_empty(shape) if directory is None else on_disk(shape, hidden.dtype, directory) for _ in range(2)]
+        for stream in streams:
+            stream[rows] = hidden
+            give_back(stream[rows])
+    return streams[0], streams[1]
 
 
 def _plan(block: nn.Module, count: int, method: MethodConfig, config: RunConfig, stream: Tensor, dtype: torch.dtype) -> str:

@@ -55,7 +55,7 @@ def replace_empty(module: nn.Module, names: list[str], config: MethodConfig) -> 
     for name in names:
         linear = module.get_submodule(name)
         layer = config.layer(linear.in_features, linear.out_features, linear.bias is not None, config)  # type: ignore[arg-type]
-        module.set_submodule(name, layer.to(linear.weight.device))  # type: ignore[arg-type]
+        module.set_submodule(name, layer.to(next(linear.parameters()).device))
 
 
 def load_trained(module: nn.Module, tensors: dict[str, Tensor]) -> None:
