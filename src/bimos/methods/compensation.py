@@ -22,6 +22,7 @@ from bimos.methods.symmetric import add_product, inverse_factor_, permuted, solv
 DAMPING = 0.3  # of the mean of H's diagonal, added to it
 PANEL = 96  # columns whose updates are applied to the rest at once
 ROWS = 512  # of a weight, in products with moments
+KEPT = 4096  # inputs up to which a factor is kept from sweep to sweep; of more it is made again, for there is no room for it in between
 
 
 class Fit(NamedTuple):
@@ -48,9 +49,12 @@ def compensated_fit(weight: Tensor, gram: Tensor, rounds: int, iterations: int) 
         return best
     mean = gram.diagonal().mean().item()
     damping = DAMPING * (mean if mean > 1e-30 else 1.0)  # of inputs that are all zero, whatever gives a factor
-    order, factor = prepared(gram, damping)
+    kept: tuple[Tensor, Tensor] | None = None
     for _ in range(rounds):
+        order, factor = kept or prepared(gram, damping)
         decision = sweep(weight, factor, _by_signs(row, column[order]), order=order)
+        kept = (order, factor) if len(gram) <= KEPT else None
+        del factor
         row, column, decision = _refit(weight, gram, damping, decision, row, column)
         fit = Fit(row, column, decision)
         error = _error(weight, fit, gram)

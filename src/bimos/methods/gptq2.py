@@ -52,6 +52,7 @@ class GPTQ2Config(RTN2Config):
     name: ClassVar[str] = "gptq2"
     summary: ClassVar[str] = "2-bit integers by group, errors compensated (2210.17323); not trained"
     layer: ClassVar[type[TrainableLinear]] = GPTQ2Linear
+    uses_inputs: ClassVar[bool] = True
 
     order: Literal["columns", "activation"] = "columns"
     damping: float = 0.01

@@ -36,14 +36,15 @@ from bimos.training.fused import fused
 from bimos.training.hidden import give_back, on_disk
 from bimos.training.initialise import initialise_block
 from bimos.training.losses import relative_error
-from bimos.training.mapped import entering_in, release, working_copy
+from bimos.training.mapped import entering_in, release, rest, working_copy
 from bimos.training.memory import given_back, peak_bytes, reset_peak
-from bimos.training.optimizer import build_optimizer, set_rate, sign_planes
+from bimos.training.optimizer import build_optimizer, moments_to_disk, set_rate, sign_planes, step_in_turn
 from bimos.training.pacing import LATE, PASSES, STARTING, TRAINED, Pace, seconds_a_token, sequences_ahead
 from bimos.training.progress import Progress
 from bimos.training.streams import BlockCall, advance, batches, capture, embed
 from bimos.training.student import load_tensors, load_trained, replace_empty, save_tensors, trainable_layers
 
+LARGE = 16 << 20  # weights of a block that, with low memory, sees the halves of a batch one after the other
 WARM_STEPS = 10  # until rates may be what they should: Adam's first steps know little, and the time may be over soon
 
 
@@ -85,7 +86,9 @@ def reconstruct_blocks(
     """
     size = processes.divided(min(config.blocks.batch_size, len(windows)), "blocks.batch_size")
     windows = processes.share(windows, size * processes.count)
-    lanes = Lanes(size if size % LANES == 0 else 1, windows.device)  # both lanes call blocks with the same number of rows
+    _, blocks = decoder_blocks(teacher)
+    in_turn = config.low_memory and sum(p.numel() for p in blocks[0].parameters()) >= LARGE
+    lanes = Lanes(size if size % LANES == 0 else 1, windows.device, in_turn)  # both lanes call blocks with the same number of rows
     dtype = native.fast_dtype(torch.bfloat16) if config.low_memory else None
     with fused(teacher, dtype=dtype), lanes, given_back() if config.low_memory else nullcontext():
         return _each_block(teacher, windows, method, config, directory, progress, seconds, size, lanes, processes)
@@ -146,9 +149,11 @@ def _each_block(
             )
             stream = advance(block, call, stream, size, stream, lanes) if behind is None else behind
             del behind
+            if config.low_memory:
+                rest(block)
             training = time.monotonic()
             entry = _reconstruct(
-                trainable, index, lanes, lane_call, student_stream, stream, config, generator, left, start, progress, processes
+                trainable, index, lanes, lane_call, student_stream, stream, config, generator, left, start, progress, processes, directory
             )
             going_on = time.monotonic()
             training = going_on - training
@@ -250,11 +255,13 @@ def _reconstruct(
     start: float,
     progress: Progress,
     processes: Processes,
+    directory: Path,
 ) -> dict[str, float]:
     """Train one block in place; the errors of its first and last steps, and the tokens that it saw.
 
     Args:
         call: with the rows of one lane.
+        directory: for what is not kept in memory.
     """
     options, length = config.blocks, inputs.shape[1]
     layers = [layer for _, layer in trainable_layers(block)]
@@ -267,6 +274,8 @@ def _reconstruct(
     optimizer = build_optimizer(
         block, {"latent": options.lr_latent, "scale": options.lr_scale, "router": options.lr_router}, (0.9, 0.95), 0.0
     )
+    if config.low_memory:
+        moments_to_disk(optimizer, directory)
     trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
     together = size * processes.count
     total = options.epochs * processes.count * len(inputs) * length
@@ -292,8 +301,13 @@ def _reconstruct(
             with signs:
                 loss = lanes.backward(loss_of, {"inputs": inputs[order[rows]], "targets": targets[order[rows]]})
             _average(trained, processes)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            if config.low_memory:
+                step_in_turn(optimizer)
+            else:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            give_back(inputs)
+            give_back(targets)
             budget.spent_tokens += together * length
             losses.append(processes.mean(loss.item()))
             if not math.isfinite(losses[-1]):

@@ -1,4 +1,4 @@
-"""Hidden states on disk: tensors in files that nobody else sees, of which no more is in memory than what is worked on."""
+"""Tensors on disk (hidden states, moments of an optimizer): in files that nobody else sees, and in memory while they are worked on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bimos.training.mapped import give_back_pages
 
 
 def on_disk(shape: tuple[int, ...], dtype: torch.dtype, directory: Path) -> Tensor:
-    """A tensor in a file in `directory`, its values not set. The file has no name: it ends with the tensor, or with the process.
+    """A tensor of zeros in a file in `directory`. The file has no name: it ends with the tensor, or with the process.
 
     Raises:
         BimosError: the disk has no room.
@@ -28,7 +28,7 @@ def on_disk(shape: tuple[int, ...], dtype: torch.dtype, directory: Path) -> Tens
             os.posix_fallocate(handle, 0, max(1, count * dtype.itemsize))
         tensor = torch.from_file(name, shared=True, size=count, dtype=dtype).view(shape)
     except OSError as error:
-        raise BimosError(f"no room for {count * dtype.itemsize / 1e9:.1f} GB of hidden states in {directory}: {error.strerror}") from None
+        raise BimosError(f"no room for {count * dtype.itemsize / 1e9:.1f} GB of what --low-memory leaves on disk in {directory}: {error.strerror}") from None
     finally:
         os.close(handle)
         with contextlib.suppress(OSError):  # a system that keeps a file in use: it goes with its folder

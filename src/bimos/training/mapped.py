@@ -116,6 +116,12 @@ def working_copy(block: nn.Module, dtype: torch.dtype) -> nn.Module:
     return result
 
 
+def rest(block: nn.Module) -> None:
+    """A working copy is not used for a while: give back what its linears have been read from."""
+    if any(isinstance(module, MappedLinear) for module in block.modules()):
+        release(block)
+
+
 @contextmanager
 def entering_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Within it, hidden states are in `dtype` from the embedding on, whatever the weights of `model` are in."""

@@ -20,7 +20,7 @@ from bimos.methods.base import InputStatistics
 from bimos.methods.symmetric import add_product, mirror, solve_
 from bimos.processes import ALONE, Processes
 from bimos.training.hidden import give_back, like
-from bimos.training.mapped import replace_weight
+from bimos.training.mapped import replace_weight, rest
 from bimos.training.streams import BlockCall, Stop, batches
 
 RIDGE = 0.2  # of the mean second moment: what holds a refit weight to the teacher's
@@ -158,7 +158,7 @@ class Measurement:
         group = self._group
         wanted = [*self._writers, group] if group.residual else [group] if refit else []
         theirs, mine = Taps(self._answers.teacher, wanted), Taps(self._student, self._writers, group.names[0])
-        rows = list(batches(len(stream), size))
+        rows, count = list(batches(len(stream), size)), lanes.side_by_side
         samples = max(1, min(SAMPLES, MOST_SAMPLES // len(rows)) // self._processes.count)
 
         def lane(rows: list[slice]) -> _Sums:
@@ -172,10 +172,11 @@ class Measurement:
             return sums
 
         with theirs, mine:
-            for part in lanes.map(lane, [rows[start :: lanes.count] for start in range(min(lanes.count, len(rows)))]):
+            for part in lanes.map(lane, [rows[start::count] for start in range(min(count, len(rows)))]):
                 self._sums.add(part)
         self._sums.gather(self._processes)
         self._sums.finish()
+        rest(self._answers.teacher)
 
     def _add(
         self,
