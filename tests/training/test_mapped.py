@@ -17,7 +17,7 @@ from bimos.config import RunConfig
 from bimos.methods import method_config
 from bimos.models import decoder_blocks, load_teacher
 from bimos.quantize import plan, quantize, run
-from bimos.training import blockwise
+from bimos.training import blockwise, optimizer
 from bimos.training.mapped import mapped_ranges, release
 
 TEACHERS: dict[str, dict[str, Any]] = {
@@ -76,6 +76,23 @@ def test_the_same_model(
     assert whole.keys() == mapped.keys()
     for name, tensor in whole.items():
         assert torch.equal(tensor, mapped[name]), name
+
+
+def test_large_blocks_in_turn(
+    tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, avx2_alone: None
+) -> None:
+    """What a large block does, halves of a batch in turn and moments on disk, on a small one."""
+    model = saved("llama", torch.bfloat16, tokenizer, tmp_path / "teacher")
+    results = []
+    for name, large in (("small", 1 << 30), ("large", 0)):
+        monkeypatch.setattr(blockwise, "LARGE", large)
+        monkeypatch.setattr(optimizer, "LARGE", max(1, large))
+        results.append(run(model, tmp_path / name, options(text_file, low_memory=True))["stages"][0])
+    small, large = (tensors(tmp_path / name) for name in ("small", "large"))
+    assert results[1]["loss_last"] == pytest.approx(results[0]["loss_last"], rel=0.05)
+    different = sum((small[name] != large[name]).sum().item() for name in small if name.endswith("proj.weight"))
+    assert different < 0.02 * sum(small[name].numel() for name in small if name.endswith("proj.weight"))
+    assert not list((tmp_path / "large").glob("**/hidden-*"))
 
 
 def test_pages_are_given_back_and_read_again(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def _refit(weight: Tensor, gram: Tensor, damping: float, decision: Tensor, row: 
 
 
 def turned(decision: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """`decision [out, in]` with its sign turned round, in place, wherever one of `row [out]` and `column [in]` is negative; 0 is positive."""
+    """`decision [out, in]` with its sign turned round, in place, where one of `row [out]` and `column [in]` is negative; 0 is positive."""
     negative = row < 0, column < 0
     if any(part.any() for part in negative):
         for rows in _panels(decision):

@@ -58,7 +58,7 @@ def cholesky_(matrix: Tensor) -> Tensor:
 
 
 def solve_(matrix: Tensor, right: Tensor) -> Tensor:
-    """`matrix^-1 right` of a positive definite `matrix [n, n]`, of which the upper triangle is read, and `right [n, m]`; uses the memory of both.
+    """`matrix^-1 right` of a positive definite `matrix [n, n]`, whose upper triangle is read, and `right [n, m]`; in the memory of both.
 
     Fastest, and without a copy, where the transpose of `right` is contiguous.
     """

@@ -28,7 +28,8 @@ def on_disk(shape: tuple[int, ...], dtype: torch.dtype, directory: Path) -> Tens
             os.posix_fallocate(handle, 0, max(1, count * dtype.itemsize))
         tensor = torch.from_file(name, shared=True, size=count, dtype=dtype).view(shape)
     except OSError as error:
-        raise BimosError(f"no room for {count * dtype.itemsize / 1e9:.1f} GB of what --low-memory leaves on disk in {directory}: {error.strerror}") from None
+        size = f"{count * dtype.itemsize / 1e9:.1f} GB"
+        raise BimosError(f"no room for {size} of what --low-memory leaves on disk in {directory}: {error.strerror}") from None
     finally:
         os.close(handle)
         with contextlib.suppress(OSError):  # a system that keeps a file in use: it goes with its folder

@@ -98,12 +98,12 @@ def replace_weight(linear: nn.Linear, weight: Tensor) -> None:
     """Give `linear` a weight `[out, in]` of its own, in the dtype of the one before."""
     dtype = linear.dtype if isinstance(linear, MappedLinear) else linear.weight.dtype
     if isinstance(linear, MappedLinear):
-        linear.__class__ = nn.Linear
+        linear.__class__ = nn.Linear  # type: ignore[assignment]
     linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
 
 
 def working_copy(block: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of `block`, its floating point values in `dtype`; the weights of its linears are `block`'s own and come into memory when used."""
+    """`block` again, floating point values in `dtype`. The weights of its linears are `block`'s own, and come into memory when used."""
     stays = [module.weight for module in block.modules() if type(module) is nn.Linear]
     memo: dict[int, Any] = {id(weight): nn.Parameter(weight.data, requires_grad=False) for weight in stays}
     result = copy.deepcopy(block, memo)

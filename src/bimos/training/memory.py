@@ -41,8 +41,8 @@ def peak_bytes() -> int:
 def given_back() -> Iterator[None]:
     """Within it, tensors of a megabyte and more go back to the system when they are freed; so does, at first, what is free by then.
 
-    glibc keeps up to 32 MB of an allocation's size for later ones, in each thread's own heap, and what lies above a hole is never given back:
-    of matrices of many sizes as much again was held as was in use. Other libraries are left to do as they do.
+    glibc keeps up to 32 MB of an allocation's size for later ones, in each thread's own heap, and what lies below something in use is not
+    given back: of matrices of many sizes as much again was held as was in use. Other libraries are left to do as they do.
     """
     gc.collect()
     _call("malloc_trim", 0)

@@ -113,9 +113,10 @@ def step_in_turn(optimizer: torch.optim.AdamW) -> None:
     gradients = [(parameter, parameter.grad) for group in optimizer.param_groups for parameter in group["params"]]
     optimizer.zero_grad(set_to_none=True)
     while gradients:
-        parameter, parameter.grad = gradients.pop()
-        if parameter.grad is None:
+        parameter, gradient = gradients.pop()
+        if gradient is None:
             continue
+        parameter.grad, gradient = gradient, None
         optimizer.step()
         parameter.grad = None
         for name in ("exp_avg", "exp_avg_sq"):
