@@ -40,6 +40,27 @@ def pair() -> tuple[PreTrainedModel, PreTrainedModel]:
     return teacher, student
 
 
+def test_in_turn_is_the_same_on_all_cores() -> None:
+    _, student = pair()
+    ids = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(1))
+    seen: list[int] = []
+
+    def loss_of(ids: Tensor) -> Tensor:
+        seen.append(torch.get_num_threads())
+        loss: Tensor = student(input_ids=ids, labels=ids).loss
+        return loss
+
+    found = []
+    for in_turn in (False, True):
+        with Lanes(4, CPU, in_turn) as lanes:
+            assert lanes.count == 2 and lanes.side_by_side == (1 if in_turn else 2)
+            found.append((lanes.backward(loss_of, {"ids": ids}), gradients(student)))
+            student.zero_grad()
+    assert seen == [2, 2, 4, 4]  # of four
+    torch.testing.assert_close(found[1], found[0])
+    assert Lanes(1, CPU, in_turn=True).count == 1
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 

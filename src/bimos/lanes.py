@@ -28,16 +28,19 @@ class Lanes:
     Args:
         rows: that can be divided; below two there is one lane, which is the caller's own thread.
         device: where they are; anything but a CPU means one lane.
+        in_turn: one lane after the other, each on all cores: what one has in memory is gone when the other begins. For blocks whose
+            operators are long enough to be shared.
     """
 
-    def __init__(self, rows: int, device: torch.device) -> None:
+    def __init__(self, rows: int, device: torch.device, in_turn: bool = False) -> None:
         self._cores = torch.get_num_threads()
-        wide = device.type == "cpu" and self._cores >= LANES and rows >= LANES
+        wide = device.type == "cpu" and (in_turn or self._cores >= LANES) and rows >= LANES
         self.count = LANES if wide else 1
+        self.in_turn = in_turn and wide
         self._pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Self:
-        if self.count > 1:
+        if self.count > 1 and not self.in_turn:
             started = threading.Barrier(self.count)
 
             def start() -> None:
@@ -55,6 +58,11 @@ class Lanes:
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
+
+    @property
+    def side_by_side(self) -> int:
+        """How many run at the same time."""
+        return 1 if self.in_turn else self.count
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """`function` of every item, in order. Gradient mode and autocast are those of a new thread: `function` sets its own."""
@@ -75,7 +83,7 @@ class Lanes:
             (loss * (share * factor)).backward()
             return loss.detach() * share
 
-        if self._pool is None:
+        if self._pool is None and not self.in_turn:
             return lane(batch)
         pieces = {name: tensor.chunk(self.count) for name, tensor in batch.items()}
         parts = [dict(zip(pieces, values, strict=True)) for values in zip(*pieces.values(), strict=True)]

@@ -46,6 +46,23 @@ def test_no_rounds_is_the_plain_fit() -> None:
     torch.testing.assert_close((fit.row, fit.column), weighted_rank_one(weight.abs(), gram.diagonal(), 8))
 
 
+@pytest.mark.parametrize("shape", [(29, 48), (130, 97)])
+def test_pieces_and_factors_made_again_are_the_same(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bits, which are those of sums in another order; no sign hangs on them here."""
+    weight, gram = torch.randn(shape, generator=torch.Generator().manual_seed(2)), correlated_gram(shape[1], 9)
+    whole = compensated_fit(weight, gram, 3, 8)
+    monkeypatch.setattr(compensation, "ROWS", 7)
+    monkeypatch.setattr(compensation, "KEPT", 8)
+    torch.testing.assert_close(compensated_fit(weight, gram, 3, 8), whole, rtol=1e-3, atol=1e-4)
+
+
+def test_scale_of_the_moments_does_not_matter() -> None:
+    weight, gram = torch.randn(20, 24, generator=torch.Generator().manual_seed(2)), correlated_gram(24, 5)
+    expected = compensated_fit(weight, gram, 3, 8)
+    for factor in (1e-10, 1e6):
+        torch.testing.assert_close(compensated_fit(weight, factor * gram, 3, 8), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_more_rounds_are_never_worse() -> None:
     weight, gram = torch.randn(40, 64, generator=torch.Generator().manual_seed(3)), correlated_gram(64, 9)
     errors = [output_error(weight, matrix(compensated_fit(weight, gram, rounds, 8)), gram) for rounds in range(5)]

@@ -188,12 +188,6 @@ def test_lanes_start_like_one(size: int, kept: int, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(*students, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("tokens", "width"), [(5, 7), (64, measuring.PANEL), (33, 2 * measuring.PANEL + 24)])
-def test_second_moments(tokens: int, width: int) -> None:
-    x, weight = torch.randn(tokens, width, dtype=torch.float64), torch.rand(tokens, 1, dtype=torch.float64)
-    torch.testing.assert_close(measuring.second_moments((x * weight).T, x), (x * weight).T @ x)
-
-
 def test_samples_are_few_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     _, block, names, call, stream = setting(LLAMA)
     monkeypatch.setattr(measuring, "MOST_SAMPLES", 20)

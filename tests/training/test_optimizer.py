@@ -1,6 +1,9 @@
-"""Gradients of scaling experts: what they have in common whole, what sets them apart in part."""
+"""Gradients of scaling experts: what they have in common whole, what sets them apart in part. Moments that are not in memory."""
 
 from __future__ import annotations
+
+import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +11,8 @@ from torch import Tensor, nn
 
 from bimos.methods import InputStatistics, method_config
 from bimos.methods.base import TrainableLinear
-from bimos.training.optimizer import experts_together
+from bimos.training import optimizer as optimizers
+from bimos.training.optimizer import build_optimizer, experts_together, moments_to_disk, step_in_turn
 
 
 def layer(method: str, **options: object) -> TrainableLinear:
@@ -58,3 +62,23 @@ def test_frozen_experts_are_no_obstacle() -> None:
     module.requires_grad_(False)
     with experts_together(module, 0.1):
         assert not module(torch.randn(2, 16)).requires_grad
+
+
+def test_steps_in_turn_with_moments_on_disk_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizers, "LARGE", 16 * 24)
+    rates = {"latent": 1e-2, "scale": 1e-3, "router": 1e-3}
+    module = nn.Sequential(layer("binarymos"), nn.ReLU(), nn.Linear(24, 16), layer("binarymos"))
+    other = copy.deepcopy(module)
+    one, two = (build_optimizer(m, rates, (0.9, 0.95), 0.1) for m in (module, other))
+    moments_to_disk(two, tmp_path)
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(2))
+    for _ in range(3):
+        gradients(module, x)
+        gradients(other, x)
+        other[3].bias.grad = module[3].bias.grad = None  # as of a linear that saw no token
+        one.step()
+        step_in_turn(two)
+        assert all(parameter.grad is None for parameter in other.parameters() if parameter.requires_grad)
+        assert all(map(torch.equal, module.parameters(), other.parameters()))
+    files = {tuple(p.shape): two.state[p]["exp_avg"].untyped_storage().filename for p in other.parameters() if p in two.state}
+    assert {shape for shape, name in files.items() if name is not None} == {(24, 16)} < set(files)

@@ -64,11 +64,13 @@ class MethodConfig:
     """Options of one method. Subclasses add fields; every field has a default.
 
     `trained` says whether a run trains the method's layers unless its config says otherwise; post-training methods end with the start.
+    `uses_inputs` says whether `from_linear` looks at the statistics of inputs: where it does not, they are not measured.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
     trained: ClassVar[bool] = True
+    uses_inputs: ClassVar[bool] = True
     layer: ClassVar[type[TrainableLinear]]
 
     def packed_layout(self, in_features: int, out_features: int, bias: bool) -> dict[str, StoredTensor]:

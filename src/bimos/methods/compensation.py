@@ -17,9 +17,12 @@ from torch import Tensor
 
 from bimos.methods.base import InputStatistics
 from bimos.methods.rank_one import weighted_rank_one
+from bimos.methods.symmetric import add_product, inverse_factor_, permuted, solve_
 
 DAMPING = 0.3  # of the mean of H's diagonal, added to it
 PANEL = 96  # columns whose updates are applied to the rest at once
+ROWS = 512  # of a weight, in products with moments
+KEPT = 4096  # inputs up to which a factor is kept from sweep to sweep; of more it is made again, for there is no room for it in between
 
 
 class Fit(NamedTuple):
@@ -39,15 +42,20 @@ def compensated_fit(weight: Tensor, gram: Tensor, rounds: int, iterations: int) 
         rounds: sweeps over all columns.
         iterations: of the alternating least squares behind the first scales.
     """
-    gram = gram / gram.diagonal().mean().clamp_min(1e-30)
     row, column = weighted_rank_one(weight.abs(), gram.diagonal(), iterations)
     best = Fit(row, column, weight)
     least = _error(weight, best, gram)
-    damped, order, factor = prepared(gram)
-    back = order.argsort()
+    if rounds == 0:
+        return best
+    mean = gram.diagonal().mean().item()
+    damping = DAMPING * (mean if mean > 1e-30 else 1.0)  # of inputs that are all zero, whatever gives a factor
+    kept: tuple[Tensor, Tensor] | None = None
     for _ in range(rounds):
-        decision = sweep(weight[:, order], factor, _by_signs(row, column[order]))[:, back]
-        row, column, decision = _refit(weight, damped, decision, row, column)
+        order, factor = kept or prepared(gram, damping)
+        decision = sweep(weight, factor, _by_signs(row, column[order]), order=order)
+        kept = (order, factor) if len(gram) <= KEPT else None
+        del factor
+        row, column, decision = _refit(weight, gram, damping, decision, row, column)
         fit = Fit(row, column, decision)
         error = _error(weight, fit, gram)
         if error < least:
@@ -55,20 +63,24 @@ def compensated_fit(weight: Tensor, gram: Tensor, rounds: int, iterations: int) 
     return best
 
 
-def prepared(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a sweep needs of `H`, whose diagonal has mean 1.
+def prepared(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+    """What a sweep needs of `H`: the order of the columns, and `inverse_factor` of `H` in that order with `damping` on its diagonal."""
+    order = gram.diagonal().argsort(descending=True)  # inputs that matter most first, while there are others to mend them
+    matrix = permuted(gram, order, gram.dtype)
+    matrix.diagonal().add_(damping)
+    return order, inverse_factor_(matrix)
 
-    Returns:
-        `H` with damping; the order of the columns; the upper Cholesky factor of the inverse of `H` in that order.
-    """
-    damped = gram + DAMPING * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    order = damped.diagonal().argsort(descending=True)  # inputs that matter most first, while there are others to mend them
-    return damped, order, inverse_factor(damped[order][:, order])
+
+def damped(gram: Tensor) -> Tensor:
+    """`H`, whose diagonal has mean 1, with damping."""
+    result = gram.clone()
+    result.diagonal().add_(DAMPING)
+    return result
 
 
 def inverse_factor(gram: Tensor) -> Tensor:
     """The upper Cholesky factor of `H^-1`, by which errors are carried over; `H [n, n]` is positive definite."""
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
+    return inverse_factor_(permuted(gram, None, gram.dtype))
 
 
 def statistics_factor(statistics: InputStatistics, damping: float, order: Tensor | None = None) -> Tensor:
@@ -79,11 +91,10 @@ def statistics_factor(statistics: InputStatistics, damping: float, order: Tensor
         order: of the columns.
     """
     gram = statistics.second_moment.diag() if statistics.gram is None else statistics.gram
-    gram = gram if order is None else gram[order][:, order]
-    gram = gram.to(torch.float64, copy=True)  # little damping and a few large inputs leave float32 no digits to invert with
+    gram = permuted(gram, order, torch.float64)  # little damping and a few large inputs leave float32 no digits to invert with
     gram /= gram.diagonal().mean().clamp_min(1e-30)
     gram.diagonal().add_(damping)
-    return inverse_factor(gram).float()
+    return inverse_factor_(gram).float()
 
 
 def signs_of(decision: Tensor) -> Tensor:
@@ -92,8 +103,17 @@ def signs_of(decision: Tensor) -> Tensor:
 
 
 def _error(weight: Tensor, fit: Fit, gram: Tensor) -> float:
-    difference = weight - fit.row[:, None] * signs_of(fit.decision) * fit.column
-    return ((difference @ gram) * difference).sum().item()
+    error = 0.0
+    for rows in _panels(weight):
+        difference = weight[rows] - fit.row[rows, None] * signs_of(fit.decision[rows]) * fit.column
+        error += ((difference @ gram) * difference).sum().item()
+    return error
+
+
+def _panels(weight: Tensor) -> Iterator[slice]:
+    """Some rows of a matrix at a time: what is made of them is then small beside it."""
+    for start in range(0, len(weight), ROWS):
+        yield slice(start, start + ROWS)
 
 
 @contextmanager
@@ -121,17 +141,19 @@ def sweep(
     rounded: Callable[[int, Tensor], Tensor],
     panel: int = PANEL,
     begin: Callable[[int, Tensor], None] | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
-    """What each weight is rounded from, errors carried over included; columns in the order of the sweep.
+    """What each weight is rounded from `[out, in]`, errors carried over included; columns where they were.
 
     Args:
         weight: float32 `[out, in]`.
-        factor: the upper Cholesky factor of `H^-1` (`inverse_factor`).
-        rounded: what column j becomes, `[out]`, of its values by then, `[out]`.
+        factor: the upper Cholesky factor of `H^-1` (`inverse_factor`), of columns in the order of the sweep.
+        rounded: what column j, in that order, becomes, `[out]`, of its values by then, `[out]`.
         panel: columns whose updates are applied to the rest at once.
         begin: called before each panel, with the number of its first column and `[out, panel]`, its values by then.
+        order: of columns, `[in]`; None: as they are.
     """
-    weight = weight.clone()
+    weight = weight.clone() if order is None else weight.index_select(1, order)
     width = weight.shape[1]
     for start in range(0, width, panel):
         end = min(width, start + panel)
@@ -148,6 +170,10 @@ def sweep(
                 values[j + 1 :].addr_(local[j, j + 1 :], error, alpha=-1)
         weight[:, start:end] = values.T
         weight[:, end:].addmm_(errors.T, factor[start:end, end:], alpha=-1)
+    if order is not None:
+        back = order.argsort()
+        for rows in _panels(weight):
+            weight[rows] = weight[rows].index_select(1, back)
     return weight
 
 
@@ -165,23 +191,43 @@ def carry_over(weight: Tensor, factor: Tensor, start: int, error: Tensor) -> Non
     weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
 
 
-def _refit(weight: Tensor, gram: Tensor, decision: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scales by alternating least squares for fixed signs; none comes out negative (its signs are turned round instead)."""
-    signs = signs_of(decision)
-    product = weight @ gram
+def _refit(weight: Tensor, gram: Tensor, damping: float, decision: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales by alternating least squares for fixed signs; none comes out negative (its signs are turned round instead).
+
+    Args:
+        damping: of `H`, added to its diagonal.
+        decision: is written to.
+    """
+    product = torch.addmm(weight, weight, gram, beta=damping)
+    normal = torch.empty_like(gram)
     for _ in range(2):
-        scaled = signs * column
-        row = (product * scaled).sum(1) / ((scaled @ gram) * scaled).sum(1).clamp_min(1e-30)
-        scaled = signs * row[:, None]
-        normal = gram * (scaled.T @ scaled)
+        rows = []
+        for part in _panels(weight):
+            scaled = signs_of(decision[part]) * column
+            size = (torch.addmm(scaled, scaled, gram, beta=damping) * scaled).sum(1)
+            rows.append((product[part] * scaled).sum(1) / size.clamp_min(1e-30))
+        row = torch.cat(rows)
+        normal.zero_()
+        right = torch.zeros_like(column)
+        for part in _panels(weight):
+            scaled = signs_of(decision[part]) * row[part, None]
+            add_product(normal, scaled, scaled)
+            right += (scaled * product[part]).sum(0)
+        normal.mul_(gram).diagonal().add_(damping * row.square().sum())
         # Held a little to the scales before: a column that no input excites would otherwise be arbitrary.
         ridge = 0.01 * (normal.diagonal() + normal.diagonal().mean()).clamp_min(1e-30)
-        right = (scaled * product).sum(0) + ridge * column
-        column = torch.cholesky_solve(right[:, None], torch.linalg.cholesky(normal + ridge.diag()))[:, 0]
+        normal.diagonal().add_(ridge)
+        column = solve_(normal, (right + ridge * column)[:, None])[:, 0]
     return row.abs(), column.abs(), turned(decision, row, column)
 
 
 def turned(decision: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """`decision [out, in]` with its sign turned round wherever one of `row [out]` and `column [in]` is negative; 0 counts as positive."""
-    negative = (row < 0)[:, None] != (column < 0)
-    return torch.where(negative, -decision.masked_fill(decision == 0, 1e-20), decision)
+    """`decision [out, in]` with its sign turned round, in place, where one of `row [out]` and `column [in]` is negative; 0 is positive."""
+    negative = row < 0, column < 0
+    if any(part.any() for part in negative):
+        for rows in _panels(decision):
+            part = decision[rows]
+            part[part == 0] = 1e-20
+            part[negative[0][rows]] *= -1
+            part *= torch.where(negative[1], -1.0, 1.0)
+    return decision

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bimos.methods.compensation import Fit, compensated_fit, prepared, signs_of, sweep, turned
+from bimos.methods.compensation import Fit, compensated_fit, damped, prepared, signs_of, sweep, turned
 from bimos.methods.planes import between_levels
 from bimos.methods.rank_one import weighted_rank_one
 
@@ -40,10 +40,10 @@ def coupled_fit(weight: Tensor, second_moment: Tensor, gram: Tensor | None, roun
     second = compensated_fit(weight - matrix(first), gram, rounds, iterations)
     best = min((pair, [first, second]), key=lambda fits: _error(weight, fits, gram))
     least = _error(weight, best, gram)
-    damped, order, factor = prepared(gram)
+    held, (order, factor) = damped(gram), prepared(gram)
     pair = best
     for _ in range(rounds):
-        pair = _refit(weight, damped, _swept(weight, pair, factor, order))
+        pair = _refit(weight, held, _swept(weight, pair, factor, order))
         error = _error(weight, pair, gram)
         if error < least:
             best, least = pair, error
@@ -83,7 +83,7 @@ def _swept(weight: Tensor, fits: Sequence[Fit], factor: Tensor, order: Tensor) -
         decisions[1, order[j]] = torch.where(is_first, rest, value)
         return nearest + signs_of(rest) * small
 
-    sweep(weight[:, order], factor, rounded)
+    sweep(weight, factor, rounded, order=order)
     return [fit._replace(decision=decision.T) for fit, decision in zip(fits, decisions, strict=True)]
 
 

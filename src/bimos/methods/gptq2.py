@@ -40,8 +40,8 @@ class GPTQ2Linear(Integer2Linear):
             group = int(order[j]) // size
             return scale[:, group] * odd_numbers(value, scale[:, group], offset[:, group]) + offset[:, group]
 
-        latent = sweep(weight[:, order], factor, rounded, panel=size, begin=settle if config.order == "columns" else None)
-        return Start(latent[:, order.argsort()], scale, offset)
+        latent = sweep(weight, factor, rounded, panel=size, begin=settle if config.order == "columns" else None, order=order)
+        return Start(latent, scale, offset)
 
 
 @register
@@ -52,6 +52,7 @@ class GPTQ2Config(RTN2Config):
     name: ClassVar[str] = "gptq2"
     summary: ClassVar[str] = "2-bit integers by group, errors compensated (2210.17323); not trained"
     layer: ClassVar[type[TrainableLinear]] = GPTQ2Linear
+    uses_inputs: ClassVar[bool] = True
 
     order: Literal["columns", "activation"] = "columns"
     damping: float = 0.01

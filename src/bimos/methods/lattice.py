@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bimos.methods.compensation import DAMPING, prepared, sweep
+from bimos.methods.compensation import DAMPING, damped, prepared, sweep
 from bimos.packing.groups import by_input, count_groups
 
 SHARES = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.85)  # of a group's largest weight, that s is looked for among
@@ -57,10 +57,10 @@ def dual_fit(weight: Tensor, second_moment: Tensor, gram: Tensor | None, group_s
     if gram is None or rounds == 0:
         return best
     gram = gram / gram.diagonal().mean().clamp_min(1e-30)
-    damped, order, factor = prepared(gram)
+    held, (order, factor) = damped(gram), prepared(gram)
     difference = weight - dual_weight(best, group_size)
     least = ((difference @ gram) * difference).sum().item()
-    back, group_of = order.argsort(), (order // group_size).tolist()
+    group_of = (order // group_size).tolist()
     for _ in range(rounds):
         columns = scale.movedim(2, 0).contiguous().unbind()  # of every group [2, out]
 
@@ -69,9 +69,9 @@ def dual_fit(weight: Tensor, second_moment: Tensor, gram: Tensor | None, group_s
             one, two = dual_bits(value, first, second)
             return first * one + second * two
 
-        decision = sweep(weight[:, order], factor, rounded)[:, back]
+        decision = sweep(weight, factor, rounded, order=order)
         bits = torch.stack(dual_bits(decision, *by_input(scale, group_size, weight.shape[1])))
-        scale, error = _refit(weight, damped, bits, scale, group_size)
+        scale, error = _refit(weight, held, bits, scale, group_size)
         if error < least:
             best, least = DualFit(scale, bits, decision), error
     return best

@@ -24,6 +24,7 @@ from bimos.methods.ste import compute_dtype
 from bimos.packing.format import pack_signs
 from bimos.packing.groups import by_input, count_groups
 
+ROWS = 256  # of a weight that are rounded at once
 LEAST_SCALE = 2.0**-14  # the smallest normal float16
 
 
@@ -76,12 +77,23 @@ class Integer2Linear(TrainableLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(compute_dtype(x))
+        if not torch.is_grad_enabled():
+            return self.plus_bias(F.linear(x, self._rounded(x.dtype)))
         scale, offset = (by_input(t, self.group_size, self.in_features) for t in (self.scale, self.offset))
         odd = odd_numbers(self.weight.detach(), scale.detach(), offset.detach())
         within = (self.weight.detach() - offset.detach()).abs() < 4 * scale.detach()
         straight = (self.weight - self.weight.detach()) * within
         y = F.linear(x, (scale * odd + offset + straight).to(x.dtype))
         return self.plus_bias(y)
+
+    def _rounded(self, dtype: torch.dtype) -> Tensor:
+        """The weights as they are stored `[out, in]`; made of some rows at a time, so that little else is in memory."""
+        result = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
+        for start in range(0, self.out_features, ROWS):
+            part = slice(start, start + ROWS)
+            scale, offset = (by_input(t[part], self.group_size, self.in_features) for t in (self.scale, self.offset))
+            result[part] = scale * odd_numbers(self.weight[part], scale, offset) + offset
+        return result
 
     def pack(self) -> dict[str, Tensor]:
         scale, offset = (by_input(t.detach(), self.group_size, self.in_features) for t in (self.scale, self.offset))
@@ -106,6 +118,7 @@ class RTN2Config(MethodConfig):
     summary: ClassVar[str] = "2-bit integers, rounded to nearest by group; not trained"
     layer: ClassVar[type[TrainableLinear]] = Integer2Linear
     trained: ClassVar[bool] = False
+    uses_inputs: ClassVar[bool] = False
 
     group_size: int = 64
 

@@ -66,7 +66,7 @@ class SharedSigns:
         self._planes = list(planes)
         # Kept from step to step: fresh memory of this size costs as much as what is done with it.
         self._signs = [torch.empty_like(latent, dtype=dtype, requires_grad=False) for latent, _ in self._planes]
-        trained = {id(latent): latent for latent, _ in self._planes if latent.requires_grad}
+        trained = {id(latent): latent for latent, _ in self._planes if latent.requires_grad and latent.dtype != dtype}
         self._grads = {key: torch.empty_like(latent, requires_grad=False) for key, latent in trained.items()}
 
     def __enter__(self) -> None:
@@ -91,9 +91,10 @@ class SharedSigns:
             if grad is None or not latent.requires_grad:
                 continue
             if latent.grad is None:
-                latent.grad = straight_through(self._grads[id(latent)].copy_(grad), latent.detach(), plane)
+                wide = self._grads[id(latent)].copy_(grad) if id(latent) in self._grads else grad
+                latent.grad = straight_through(wide, latent.detach(), plane)
             else:
-                latent.grad += straight_through(grad.to(latent.dtype, copy=True), latent.detach(), plane)
+                latent.grad += straight_through(grad.to(latent.dtype), latent.detach(), plane)
 
 
 class _Shared:

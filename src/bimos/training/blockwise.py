@@ -33,16 +33,18 @@ from bimos.models import convertible_linears, decoder_blocks
 from bimos.processes import ALONE, Clock, Processes
 from bimos.training.budget import Budget, schedule
 from bimos.training.fused import fused
+from bimos.training.hidden import give_back, on_disk
 from bimos.training.initialise import initialise_block
 from bimos.training.losses import relative_error
-from bimos.training.mapped import entering_in, release, working_copy
-from bimos.training.memory import peak_bytes, reset_peak
-from bimos.training.optimizer import build_optimizer, set_rate, sign_planes
+from bimos.training.mapped import entering_in, release, rest, working_copy
+from bimos.training.memory import given_back, peak_bytes, reset_peak
+from bimos.training.optimizer import build_optimizer, moments_to_disk, set_rate, sign_planes, step_in_turn
 from bimos.training.pacing import LATE, PASSES, STARTING, TRAINED, Pace, seconds_a_token, sequences_ahead
 from bimos.training.progress import Progress
 from bimos.training.streams import BlockCall, advance, batches, capture, embed
 from bimos.training.student import load_tensors, load_trained, replace_empty, save_tensors, trainable_layers
 
+LARGE = 16 << 20  # weights of a block that, with low memory, sees the halves of a batch one after the other
 WARM_STEPS = 10  # until rates may be what they should: Adam's first steps know little, and the time may be over soon
 
 
@@ -88,9 +90,11 @@ def reconstruct_blocks(
     windows = processes.share(windows, size * processes.count)
     entry: Any = teacher.get_input_embeddings()  # type: ignore[operator]
     windows, device = windows.to(entry.weight.device), device or entry.weight.device
-    lanes = Lanes(size if size % LANES == 0 else 1, device)  # both lanes call blocks with the same number of rows
+    _, blocks = decoder_blocks(teacher)
+    in_turn = config.low_memory and sum(p.numel() for p in blocks[0].parameters()) >= LARGE
+    lanes = Lanes(size if size % LANES == 0 else 1, device, in_turn)  # both lanes call blocks with the same number of rows
     dtype = native.fast_dtype(torch.bfloat16, device) if config.low_memory else None
-    with fused(teacher, dtype=dtype), lanes:
+    with fused(teacher, dtype=dtype), lanes, given_back() if config.low_memory else nullcontext():
         return _each_block(teacher, windows, method, config, directory, progress, seconds, size, lanes, processes, device)
 
 
@@ -111,8 +115,8 @@ def _each_block(
     prefix, blocks = decoder_blocks(teacher)
     if config.low_memory and not release(blocks):  # read when the model was loaded
         progress.note("this model's weights are not mapped from .safetensors files here: all of them stay in memory")
-    reset_peak()
     directory.mkdir(parents=True, exist_ok=True)
+    reset_peak()
     dtype = native.fast_dtype(torch.bfloat16, device)
     names = [name.removeprefix(prefix + ".").split(".", 1) for name in convertible_linears(teacher, config.skip)]
     with entering_in(teacher, dtype, device) if config.low_memory else nullcontext():
@@ -120,8 +124,9 @@ def _each_block(
         _, calls = capture(teacher, windows[:size], first)
         lane_calls = calls if lanes.count == 1 else capture(teacher, windows[: size // lanes.count], first)[1]
         del first
-        stream = torch.cat([embed(teacher, windows[rows]) for rows in batches(len(windows), size)])
-    student_stream = stream.clone()
+        stream, student_stream = _entering(teacher, windows, size, directory if config.low_memory and device.type == "cpu" else None)
+    if config.low_memory:
+        release(teacher)  # the embedding has been read for the last time
     history: list[dict[str, Any]] = []
     worked = trained_tokens = 0.0
     if config.low_memory:
@@ -129,8 +134,8 @@ def _each_block(
     progress.begin("block reconstruction", len(blocks))
     for index, (stored, call, lane_call) in enumerate(zip(blocks, calls, lane_calls, strict=True)):
         local = [name for number, name in names if int(number) == index]
-        block = working_copy(stored, dtype, device) if config.low_memory else stored
-        trainable = copy.deepcopy(block)
+        copies = (working_copy(stored, dtype, device) for _ in range(2))
+        block, trainable = copies if config.low_memory else (stored, copy.deepcopy(stored))
         path = block_file(directory, index)
         found = _finished(path)
         if found is not None:
@@ -150,9 +155,11 @@ def _each_block(
             )
             stream = advance(block, call, stream, size, stream, lanes) if behind is None else behind
             del behind
+            if config.low_memory:
+                rest(block)
             training = time.monotonic()
             entry = _reconstruct(
-                trainable, index, lanes, lane_call, student_stream, stream, config, generator, left, start, progress, processes
+                trainable, index, lanes, lane_call, student_stream, stream, config, generator, left, start, progress, processes, directory
             )
             going_on = time.monotonic()
             training = going_on - training
@@ -176,7 +183,9 @@ def _each_block(
             own = {name: tensor for name, tensor in trainable.state_dict().items() if _is_own(trainable, name)}
             if processes.is_first:
                 save_tensors(own, path, {key: repr(value) for key, value in entry.items()})
+            del own
             processes.wait()
+        del block, trainable  # before there is another
         if config.low_memory:
             release(stored)
         kept = int(entry["next_sequences"]) // processes.count
@@ -195,6 +204,20 @@ def _each_block(
         "loss_last": sum(entry["loss_last"] for entry in history) / len(history),
         "blocks": history,
     }
+
+
+def _entering(teacher: nn.Module, windows: Tensor, size: int, directory: Path | None) -> tuple[Tensor, Tensor]:
+    """What enters the first block, `[n, T, d]`, once for the teacher and once for the student; on disk where a directory is given."""
+    streams: list[Tensor] = []
+    for rows in batches(len(windows), size):
+        hidden = embed(teacher, windows[rows])
+        if not streams:
+            shape = (len(windows), *hidden.shape[1:])
+            streams = [hidden.new_empty(shape) if directory is None else on_disk(shape, hidden.dtype, directory) for _ in range(2)]
+        for stream in streams:
+            stream[rows] = hidden
+            give_back(stream[rows])
+    return streams[0], streams[1]
 
 
 def _plan(block: nn.Module, count: int, method: MethodConfig, config: RunConfig, stream: Tensor, dtype: torch.dtype) -> str:
@@ -238,11 +261,13 @@ def _reconstruct(
     start: float,
     progress: Progress,
     processes: Processes,
+    directory: Path,
 ) -> dict[str, float]:
     """Train one block in place; the errors of its first and last steps, and the tokens that it saw.
 
     Args:
         call: with the rows of one lane.
+        directory: for what is not kept in memory.
     """
     options, length = config.blocks, inputs.shape[1]
     layers = [layer for _, layer in trainable_layers(block)]
@@ -255,6 +280,8 @@ def _reconstruct(
     optimizer = build_optimizer(
         block, {"latent": options.lr_latent, "scale": options.lr_scale, "router": options.lr_router}, (0.9, 0.95), 0.0
     )
+    if config.low_memory and inputs.device.type == "cpu":
+        moments_to_disk(optimizer, directory)
     trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
     together = size * processes.count
     total = options.epochs * processes.count * len(inputs) * length
@@ -280,8 +307,13 @@ def _reconstruct(
             with signs:
                 loss = lanes.backward(loss_of, {"inputs": inputs[order[rows]], "targets": targets[order[rows]]})
             _average(trained, processes)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            if config.low_memory:
+                step_in_turn(optimizer)
+            else:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            give_back(inputs)
+            give_back(targets)
             budget.spent_tokens += together * length
             losses.append(processes.mean(loss.item()))
             if not math.isfinite(losses[-1]):

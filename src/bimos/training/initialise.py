@@ -50,12 +50,12 @@ def initialise_block(
         out of the teacher's block, `[n, T, d]`, where that was made along the way.
     """
     start = time.monotonic()
-    if not config.activation_aware:
+    refit = decided(config.refit, method.trained)
+    if not config.activation_aware or not (refit or method.uses_inputs):
         binarize(student, names, method, {}, generator)
         _same(student, names, processes)
         return time.monotonic() - start, None
     lanes = lanes or Lanes(1, streams[0].device)
-    refit = decided(config.refit, method.trained)
     every = size * processes.count
     rows = max(every, config.sequences - config.sequences % every) // processes.count
     stream, student_stream = streams[0][:rows], streams[1][:rows]

@@ -68,11 +68,11 @@ def release(module: nn.Module) -> int:
         last = first + parameter.numel() * parameter.element_size()
         if any(low <= first and last <= high for low, high in ranges):
             freed += last - first
-            _give_back(first, last)
+            give_back_pages(first, last)
     return freed
 
 
-def _give_back(first: int, last: int) -> None:
+def give_back_pages(first: int, last: int) -> None:
     """Whole pages between two addresses: of those at its ends others have a part, which is read again, too, where it is needed."""
     advice = getattr(mmap, "MADV_DONTNEED", None)
     if advice is None or sys.platform != "linux":  # elsewhere it may write zeros
@@ -82,9 +82,46 @@ def _give_back(first: int, last: int) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(advice))
 
 
+class MappedLinear(nn.Linear):
+    """A linear whose weight stays where it was mapped from, and is in memory in the dtype of the work while it is looked at."""
+
+    dtype: torch.dtype
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        stored = self._parameters["weight"]
+        assert stored is not None
+        return stored.detach().to(KEPT).to(self.dtype)
+
+
+def replace_weight(linear: nn.Linear, weight: Tensor) -> None:
+    """Give `linear` a weight `[out, in]` of its own, in the dtype of the one before."""
+    dtype = linear.dtype if isinstance(linear, MappedLinear) else linear.weight.dtype
+    if isinstance(linear, MappedLinear):
+        linear.__class__ = nn.Linear  # type: ignore[assignment]
+    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+
+
 def working_copy(block: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A copy of `block` in memory, its floating point values in `dtype`."""
-    return copy.deepcopy(block).to(device, KEPT).to(dtype)
+    """`block` again, floating point values in `dtype`. On a CPU its linears have `block`'s own weights, which come into memory when used."""
+    if device.type != "cpu":
+        return copy.deepcopy(block).to(device, KEPT).to(dtype)
+    stays = [module.weight for module in block.modules() if type(module) is nn.Linear]
+    memo: dict[int, Any] = {id(weight): nn.Parameter(weight.data, requires_grad=False) for weight in stays}
+    result = copy.deepcopy(block, memo)
+    linears = [module for module in result.modules() if type(module) is nn.Linear]
+    weights = [linear._parameters.pop("weight") for linear in linears]
+    result.to(KEPT).to(dtype)
+    for linear, weight in zip(linears, weights, strict=True):
+        linear._parameters["weight"] = weight
+        linear.__class__, linear.dtype = MappedLinear, dtype  # type: ignore[assignment]
+    return result
+
+
+def rest(block: nn.Module) -> None:
+    """A working copy is not used for a while: give back what its linears have been read from."""
+    if any(isinstance(module, MappedLinear) for module in block.modules()):
+        release(block)
 
 
 @contextmanager

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 from bimos.lanes import Lanes
 from bimos.methods.base import InputStatistics
+from bimos.methods.symmetric import add_product, mirror, solve_
 from bimos.processes import ALONE, Processes
+from bimos.training.hidden import give_back, like
+from bimos.training.mapped import replace_weight, rest
 from bimos.training.streams import BlockCall, Stop, batches
 
 RIDGE = 0.2  # of the mean second moment: what holds a refit weight to the teacher's
 SAMPLES = 256  # input vectors kept of every batch, at most
 MOST_SAMPLES = 8192  # and of all
-PANEL = 192  # rows of second moments made at once
 KEPT_BYTES = 512 * 2**20  # of the teacher's answers; where they are more, its block runs anew for every group
 
 
@@ -61,14 +63,17 @@ class Answers:
         if sum(widths.values()) * stream.shape[:-1].numel() * stream.element_size() > KEPT_BYTES:
             return
         # Few large pieces, which go back to the system at once; many small ones would leave holes.
-        behind = self.behind = torch.empty_like(stream)
-        self._kept = {name: stream.new_empty(*stream.shape[:-1], width) for name, width in widths.items()}
+        behind = self.behind = like(stream)
+        self._kept = {name: like(stream, width) for name, width in widths.items()}
 
         def keep(rows: slice) -> None:
             found, behind[rows] = taps.run(call, stream[rows])
             for name, value in found.items():
                 kept = self._kept[name][rows]
                 kept.copy_(value.view_as(kept))
+                give_back(kept)
+            give_back(behind[rows])
+            give_back(stream[rows])
 
         with Taps(teacher, groups, whole=True) as taps:
             lanes.map(keep, batches(len(stream), size))
@@ -153,7 +158,7 @@ class Measurement:
         group = self._group
         wanted = [*self._writers, group] if group.residual else [group] if refit else []
         theirs, mine = Taps(self._answers.teacher, wanted), Taps(self._student, self._writers, group.names[0])
-        rows = list(batches(len(stream), size))
+        rows, count = list(batches(len(stream), size)), lanes.side_by_side
         samples = max(1, min(SAMPLES, MOST_SAMPLES // len(rows)) // self._processes.count)
 
         def lane(rows: list[slice]) -> _Sums:
@@ -162,12 +167,16 @@ class Measurement:
                 written, x = mine.run(self._call, stream[part])
                 answers = self._answers.of(part, theirs) if wanted else {}
                 self._add(sums, _tokens(x), written, answers, part, stream, refit, samples)
+                for hidden in (stream[part], self._answers.entering(part), *answers.values()):
+                    give_back(hidden)
             return sums
 
         with theirs, mine:
-            for part in lanes.map(lane, [rows[start :: lanes.count] for start in range(min(lanes.count, len(rows)))]):
+            for part in lanes.map(lane, [rows[start::count] for start in range(min(count, len(rows)))]):
                 self._sums.add(part)
         self._sums.gather(self._processes)
+        self._sums.finish()
+        rest(self._answers.teacher)
 
     def _add(
         self,
@@ -182,7 +191,7 @@ class Measurement:
     ) -> None:
         group = self._group
         weight = torch.ones(len(x), 1, device=x.device)
-        targets: dict[str, Tensor] = {}
+        weighted, targets = x, {}
         if group.residual:
             names = [name for writer in self._writers for name in writer.names]
             before = _tokens(self._answers.entering(rows)) + sum(_tokens(answers[name]) for name in names)
@@ -190,20 +199,17 @@ class Measurement:
             given = {name: _tokens(answers[name]) for name in group.names}
             # Relative to the stream's size: the norm that follows takes that out again (see `relative_error`).
             weight = 1 / (before + sum(given.values())).square().sum(-1, keepdim=True).clamp_min(1e-6)
+            weighted = x * weight
             targets = {name: answer + error - _bias(self._teacher(name)) for name, answer in given.items()}
         elif refit:
             targets = {group.names[0]: _tokens(answers[group.names[0]])}
-        weighted = (x * weight).T
         every = max(1, math.ceil(len(x) / samples))
-        sums.add(
-            _Sums(
-                second_moments(weighted, x),
-                weight.sum().item(),
-                {name: weighted @ target for name, target in targets.items()} if refit else {},
-                [x[::every].clone()],
-                [weight[::every, 0].clone()],
-            )
-        )
+        sums.moments(weighted, x)
+        sums.weight += weight.sum().item()
+        for name, target in targets.items() if refit else ():
+            sums.products(name, target, weighted)
+        sums.sample.append(x[::every].clone())
+        sums.importance.append(weight[::every, 0].clone())
 
     def _teacher(self, name: str) -> Any:
         return self._answers.teacher.get_submodule(name)
@@ -211,50 +217,67 @@ class Measurement:
     def refit(self, name: str) -> None:
         """Give the student's linear the weight that answers best, held a little to the teacher's."""
         linear: Any = self._student.get_submodule(name)
-        gram, cross, weight = self._sums.gram, self._sums.cross, linear.weight.float()
-        answers = cross[name] if self._group.residual else cross[self._group.names[0]] @ self._teacher(name).weight.float().T
-        ridge = RIDGE * gram.diagonal().mean()
-        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        with torch.no_grad():
-            linear.weight.copy_(torch.linalg.solve(gram + ridge * identity, answers + ridge * weight.T, left=True).T)
+        gram, cross, weight = self._sums.gram, self._sums.cross, linear.weight.detach().float()
+        ridge = RIDGE * gram.diagonal().mean().item()
+        # Of this one alone, to be written to; the products of a group with its teacher's inputs are all its linears'.
+        answers = cross.pop(name) if self._group.residual else self._teacher(name).weight.detach().float() @ cross[self._group.names[0]]
+        held = gram.clone()
+        held.diagonal().add_(ridge)
+        replace_weight(linear, solve_(held, answers.add_(weight, alpha=ridge).mT).mT)
 
     def statistics(self) -> InputStatistics:
-        sums = self._sums
-        sums.sample, sums.importance = [torch.cat(sums.sample)], [torch.cat(sums.importance)]  # the pieces are not needed beside it
-        gram = sums.gram / sums.weight
-        return InputStatistics(gram.diagonal().clone(), sums.sample[0], gram, sums.importance[0])
-
-
-def second_moments(weighted: Tensor, x: Tensor) -> Tensor:
-    """`weighted [in, tokens]` times `x [tokens, in]`, which is symmetric: its upper blocks, and the lower from them.
-
-    In float32 even where `x` was bfloat16: rounded, inputs that always come together would leave no Cholesky factor.
-    """
-    width = x.shape[1]
-    result = torch.empty(width, width, dtype=x.dtype, device=x.device)
-    for start in range(0, width, PANEL):
-        end = min(width, start + PANEL)
-        torch.mm(weighted[start:end], x[:, start:], out=result[start:end, start:])
-        result[end:, start:end] = result[start:end, end:].T
-    return result
+        gram = self._sums.gram
+        return InputStatistics(gram.diagonal().clone(), self._sums.sample[0], gram, self._sums.importance[0])
 
 
 @dataclasses.dataclass
 class _Sums:
-    """Over tokens: of one batch, of one lane, or of all."""
+    """Over tokens, of one lane or of all. Until `finish`, `gram` is no more than its upper triangle.
 
-    gram: Any = 0.0
+    Second moments are in float32 even where inputs were bfloat16: rounded, inputs that always come together would leave no Cholesky factor.
+
+    Attributes:
+        gram: of inputs, weighted, `[in, in]`.
+        cross: of what a linear should answer (or what enters it in the teacher) and inputs, weighted, `[out, in]`, by its name.
+        sample: input vectors `[n, in]`, and in `importance` `[n]` their weights.
+    """
+
+    gram: Any = None
     weight: float = 0.0
-    cross: dict[str, Any] = dataclasses.field(default_factory=dict)
+    cross: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     sample: list[Tensor] = dataclasses.field(default_factory=list)
     importance: list[Tensor] = dataclasses.field(default_factory=list)
 
+    def moments(self, weighted: Tensor, x: Tensor) -> None:
+        """Of `x [tokens, in]`."""
+        if self.gram is None:
+            self.gram = x.new_zeros(x.shape[1], x.shape[1])
+        add_product(self.gram, weighted, x)
+
+    def products(self, name: str, target: Tensor, weighted: Tensor) -> None:
+        """Of `target [tokens, out]` and inputs."""
+        if name not in self.cross:
+            self.cross[name] = target.new_zeros(target.shape[1], weighted.shape[1])
+        self.cross[name].addmm_(target.T, weighted)
+
     def add(self, other: _Sums) -> None:
-        self.gram = self.gram + other.gram
+        if self.gram is None:
+            self.gram, self.cross = other.gram, other.cross
+        else:
+            self.gram.add_(other.gram)
+            for name, cross in other.cross.items():
+                self.cross[name].add_(cross)
         self.weight += other.weight
-        self.cross = {name: self.cross.get(name, 0.0) + cross for name, cross in other.cross.items()}
         self.sample += other.sample
         self.importance += other.importance
+
+    def finish(self) -> None:
+        """Means, and samples in one piece each."""
+        mirror(self.gram).div_(self.weight)
+        for cross in self.cross.values():
+            cross.div_(self.weight)
+        for parts in (self.sample, self.importance):
+            parts[:] = [torch.cat(parts)]
 
     def gather(self, processes: Processes) -> None:
         """Those of all processes: samples in the order in which one process would have taken them."""

@@ -1,15 +1,21 @@
-"""Peak memory of a stage: resident memory on the CPU, allocated memory on a GPU."""
+"""Peak memory of a stage: resident memory on the CPU, allocated memory on a GPU; and giving back to the system what is free."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 _STATUS = Path("/proc/self/status")
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's `mallopt`
+_OWN_MAPPING, _LARGEST = 1 << 20, 32 << 20  # bytes from which an allocation is mapped by itself; what glibc's own rule may raise that to
 
 
 def reset_peak() -> None:
@@ -29,3 +35,27 @@ def peak_bytes() -> int:
             if line.startswith("VmHWM:"):
                 return 1024 * int(line.split()[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@contextmanager
+def given_back() -> Iterator[None]:
+    """Within it, tensors of a megabyte and more go back to the system when they are freed; so does, at first, what is free by then.
+
+    glibc keeps up to 32 MB of an allocation's size for later ones, in each thread's own heap, and what lies below something in use is not
+    given back: of matrices of many sizes as much again was held as was in use. Other libraries are left to do as they do.
+    """
+    gc.collect()
+    _call("malloc_trim", 0)
+    _call("mallopt", _MMAP_THRESHOLD, _OWN_MAPPING)
+    _call("mallopt", _TRIM_THRESHOLD, _OWN_MAPPING)
+    try:
+        yield
+    finally:
+        _call("mallopt", _MMAP_THRESHOLD, _LARGEST)
+        _call("mallopt", _TRIM_THRESHOLD, 2 * _LARGEST)
+
+
+def _call(name: str, *arguments: int) -> None:
+    """A function of glibc, if that is what this process runs on."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        getattr(ctypes.CDLL(None), name)(*(ctypes.c_int(argument) for argument in arguments))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 from bimos.methods.base import TrainableLinear
 from bimos.methods.planes import SignPlane
+from bimos.training.hidden import give_back, on_disk
+
+LARGE = 1 << 20  # values of a parameter whose moments are worth a file
 
 
 def trained_parameters(model: nn.Module, norms: bool = False) -> dict[str, list[nn.Parameter]]:
@@ -93,3 +97,27 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set every group's learning rate to `factor` times its own."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
+
+
+def moments_to_disk(optimizer: torch.optim.AdamW, directory: Path) -> None:
+    """Let the moments of large parameters, which are the half of what training holds, lie in files in `directory` from the start."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.numel() >= LARGE:
+                moments = {name: on_disk(tuple(parameter.shape), parameter.dtype, directory) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device), **moments}
+
+
+def step_in_turn(optimizer: torch.optim.AdamW) -> None:
+    """A step, one parameter after the other: the moments of one are in memory at a time. Gradients are gone when it is done."""
+    gradients = [(parameter, parameter.grad) for group in optimizer.param_groups for parameter in group["params"]]
+    optimizer.zero_grad(set_to_none=True)
+    while gradients:
+        parameter, gradient = gradients.pop()
+        if gradient is None:
+            continue
+        parameter.grad, gradient = gradient, None
+        optimizer.step()
+        parameter.grad = None
+        for name in ("exp_avg", "exp_avg_sq"):
+            give_back(optimizer.state[parameter][name])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bimos.lanes import Lanes
 from bimos.models import decoder_blocks
+from bimos.training.hidden import give_back, like
 
 
 class Stop(Exception):
@@ -112,11 +113,13 @@ def batches(count: int, size: int) -> Iterator[slice]:
 
 def advance(block: nn.Module, call: BlockCall, stream: Tensor, size: int, out: Tensor | None = None, lanes: Lanes | None = None) -> Tensor:
     """The stream `[n, T, d]` behind `block`, into `out` (which may be the stream itself); batches of `size` go side by side in `lanes`."""
-    out = torch.empty_like(stream) if out is None else out
+    out = like(stream) if out is None else out
 
     def step(rows: slice) -> None:
         with torch.no_grad():
             out[rows] = call(block, stream[rows]).to(out.dtype)
+        give_back(stream[rows])
+        give_back(out[rows])
 
     lanes = lanes or Lanes(1, stream.device)
     lanes.map(step, batches(len(stream), size))

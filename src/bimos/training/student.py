@@ -55,7 +55,7 @@ def replace_empty(module: nn.Module, names: list[str], config: MethodConfig) -> 
     for name in names:
         linear = module.get_submodule(name)
         layer = config.layer(linear.in_features, linear.out_features, linear.bias is not None, config)  # type: ignore[arg-type]
-        module.set_submodule(name, layer.to(linear.weight.device))  # type: ignore[arg-type]
+        module.set_submodule(name, layer.to(next(linear.parameters()).device))
 
 
 def load_trained(module: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -68,7 +68,8 @@ def load_trained(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise BimosError(f"the work saved does not fit this model ('{name}'); start anew with --overwrite")
-        parameters[name].data = tensor.to(parameters[name].device)
+        # Of a file that is mapped, a vector that stays (a norm's) would keep all in memory when latents have been packed.
+        parameters[name].data = (tensor.clone() if tensor.dim() == 1 else tensor).to(parameters[name].device)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
