@@ -103,7 +103,7 @@ def replace_weight(linear: nn.Linear, weight: Tensor) -> None:
 
 
 def working_copy(block: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """`block` again, floating point values in `dtype`. On a CPU its linears have `block`'s own weights, which come into memory when used."""
+    """`block` again, floating point values in `dtype`. On a CPU its linears keep `block`'s weights, which come into memory when used."""
     if device.type != "cpu":
         return copy.deepcopy(block).to(device, KEPT).to(dtype)
     stays = [module.weight for module in block.modules() if type(module) is nn.Linear]
