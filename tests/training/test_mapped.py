@@ -81,11 +81,7 @@ def test_the_same_model(
 def test_large_blocks_in_turn(
     tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, avx2_alone: None
 ) -> None:
-<<<<<<< HEAD
     """Halves of a batch in turn, moments on disk: what a large block does, on a small one. Signs near zero may turn with the last bits."""
-=======
-    """What a large block does, halves of a batch in turn and moments on disk, on a small one. Signs near zero may turn with last bits."""
->>>>>>> lowmem
     model = saved("llama", torch.bfloat16, tokenizer, tmp_path / "teacher")
     results = []
     for name, large in (("small", 1 << 30), ("large", 0)):
