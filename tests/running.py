@@ -24,7 +24,7 @@ def config(data: object = "", **changes: Any) -> RunConfig:
         "sequence_length": 32,
         "initialise": {"sequences": 4},
         "blocks": {"tokens": 256, "epochs": 2, "batch_size": 4},
-        "distill": {"batch_size": 4, "checkpoint_minutes": 60.0},
+        "distill": {"batch_size": 4, "checkpoint_minutes": 60.0, "lr_latent": 7e-4},  # which a run would fill in
     }
     for key, value in changes.items():
         quick[key] = quick[key] | value if isinstance(value, dict) and key in quick and key != "options" else value

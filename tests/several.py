@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from bimos import BimosError
 from bimos.config import DistillConfig, InitialiseConfig, RunConfig
-from bimos.methods import method_config
+from bimos.methods import method_config, ste
 from bimos.models import convertible_linears, decoder_blocks, load_teacher
 from bimos.processes import current
 from bimos.quantize import run as quantize
@@ -39,13 +39,25 @@ def join(rank: int, count: int, port: int) -> None:
 
 
 def run(
-    rank: int, count: int, port: int, model: Path, output: Path, config: dict[str, Any] | None, moment: tuple[int, int] | None, said: Path
+    rank: int,
+    count: int,
+    port: int,
+    model: Path,
+    output: Path,
+    config: dict[str, Any] | None,
+    moment: tuple[int, int] | None,
+    said: Path,
+    tables: bool = True,
 ) -> None:
     """`bimos.quantize.run`; without a config it resumes. `moment`: the rank that is killed, and at which of its steps.
+
+    `tables`: products by sums of 8 bits where they pay, which a last bit rounds up or down; without, numbers of processes can be compared.
 
     What ends it in one line is left in the folder `said`.
     """
     join(rank, count, port)
+    if not tables:
+        ste.tables_pay = lambda *_: False
     passed = 0
 
     class Watched(Progress):

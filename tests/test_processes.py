@@ -57,11 +57,17 @@ class Several:
         return codes
 
     def run(
-        self, count: int, model: Path, output: Path, config: dict[str, Any] | None, moment: tuple[int, int] | None = None
+        self,
+        count: int,
+        model: Path,
+        output: Path,
+        config: dict[str, Any] | None,
+        moment: tuple[int, int] | None = None,
+        tables: bool = True,
     ) -> tuple[list[int | None], list[str]]:
         """Exit codes, and what those said that could not go on."""
         said = Path(tempfile.mkdtemp(dir=self.folder))
-        codes = self.start("run", count, model, output, config, moment, said)
+        codes = self.start("run", count, model, output, config, moment, said, tables)
         return codes, [path.read_text() for path in sorted(said.iterdir())]
 
 
@@ -112,7 +118,7 @@ def test_several_processes_do_what_one_does(several: Several, teacher_directory:
     config = settings(text_file, **{other: {"enabled": False}})
     outputs = {count: tmp_path / str(count) for count in (1, 2, 4)}
     for count, output in outputs.items():
-        assert several.run(count, teacher_directory, output, config) == ([0] * count, [])
+        assert several.run(count, teacher_directory, output, config, tables=False) == ([0] * count, [])
     number = int(stage == "distill")
     alone, its_signs = losses(outputs[1], number), signs(outputs[1])
     assert len(alone) == (STEPS if number else 4)
