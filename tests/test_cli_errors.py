@@ -175,7 +175,7 @@ def test_data_that_is_not_there(
 
 
 def test_no_data(teacher_directory: Path, tmp_path: Path) -> None:
-    assert_refused(run("quantize", teacher_directory, "-o", tmp_path / "out", "--tokens", 100), "--data")
+    assert_refused(run("quantize", teacher_directory, "-o", tmp_path / "out", "--tokens", 100, "--data", ""), "--data")
 
 
 @pytest.mark.parametrize(

@@ -292,7 +292,7 @@ class _Sums:
 
 
 def _bias(linear: Any) -> Any:
-    return 0.0 if linear.bias is None else linear.bias.float()
+    return 0.0 if linear.bias is None else linear.bias.detach().float()
 
 
 def _tokens(output: Tensor) -> Tensor:
