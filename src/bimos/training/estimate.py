@@ -56,7 +56,10 @@ def peak_memory(model: nn.Module, config: RunConfig) -> dict[str, int]:
     of_block = latent // len(blocks)
     widest = max(m.weight.numel() for m in linears.values())
     in_turn = low and max(sum(p.numel() for p in block.parameters()) for block in blocks) >= LARGE and config.blocks.batch_size >= LANES
-    training = starting = 0
+    training = starting = passing = 0
+    if low:  # a pass through the block: its pages, one weight in the dtype of the work, and what the widest linears give
+        passing = 4 * of_block + 2 * sum(p.numel() for p in blocks[0].parameters()) + value * widest
+        passing += 3 * value * batch * max(max(m.in_features, m.out_features) for m in linears.values())
     if config.blocks.enabled:
         training = (LATENT - (8 if low else 0) + signs) * of_block + kept // len(blocks) * batch // (LANES if in_turn else 1)
         training += 2 * 4 * widest  # gradients of one linear on their way
@@ -70,7 +73,7 @@ def peak_memory(model: nn.Module, config: RunConfig) -> dict[str, int]:
         # What enters or leaves four groups of linears in the teacher, and its stream behind the block.
         vectors = value * hidden * seen
         starting += 5 * vectors if not low and 4 * vectors <= KEPT_BYTES else 0
-    stages = {"blocks": RUNTIME + weights + streams + max(4 * of_block, training, starting)}
+    stages = {"blocks": RUNTIME + weights + streams + max(4 * of_block, training, starting, passing)}
     if config.distill.enabled:
         step = config.distill.batch_size * config.sequence_length
         state = (LATENT if config.distill.train == "all" else 4) + signs
