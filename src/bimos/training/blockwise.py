@@ -33,11 +33,11 @@ from bimos.models import convertible_linears, decoder_blocks
 from bimos.processes import ALONE, Clock, Processes
 from bimos.training.budget import Budget, schedule
 from bimos.training.fused import fused
-from bimos.training.hidden import give_back, on_disk
 from bimos.training.initialise import initialise_block
 from bimos.training.losses import relative_error
 from bimos.training.mapped import entering_in, release, rest, working_copy
 from bimos.training.memory import given_back, peak_bytes, reset_peak
+from bimos.training.ondisk import give_back, on_disk
 from bimos.training.optimizer import build_optimizer, moments_to_disk, set_rate, sign_planes, step_in_turn
 from bimos.training.pacing import LATE, PASSES, STARTING, TRAINED, Pace, seconds_a_token, sequences_ahead
 from bimos.training.progress import Progress

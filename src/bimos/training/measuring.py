@@ -19,8 +19,8 @@ from bimos.lanes import Lanes
 from bimos.methods.base import InputStatistics
 from bimos.methods.symmetric import add_product, mirror, solve_
 from bimos.processes import ALONE, Processes
-from bimos.training.hidden import give_back, like
 from bimos.training.mapped import replace_weight, rest
+from bimos.training.ondisk import give_back, like
 from bimos.training.streams import BlockCall, Stop, batches
 
 RIDGE = 0.2  # of the mean second moment: what holds a refit weight to the teacher's

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bimos.methods.base import TrainableLinear
 from bimos.methods.planes import SignPlane
-from bimos.training.hidden import give_back, on_disk
+from bimos.training.ondisk import give_back, on_disk
 
 LARGE = 1 << 20  # values of a parameter whose moments are worth a file
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bimos.lanes import Lanes
 from bimos.models import decoder_blocks
-from bimos.training.hidden import give_back, like
+from bimos.training.ondisk import give_back, like
 
 
 class Stop(Exception):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bimos import BimosError
-from bimos.training.hidden import give_back, like, on_disk
+from bimos.training.ondisk import give_back, like, on_disk
 
 
 def mapped_kilobytes(directory: Path) -> int:
