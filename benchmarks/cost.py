@@ -32,10 +32,10 @@ from bimos.training.blockwise import reconstruct_blocks
 from bimos.training.budget import Budget
 from bimos.training.data import TokenStream
 from bimos.training.distillation import NumberedWindows
+from bimos.training.endtoend import distill
 from bimos.training.memory import peak_bytes, reset_peak
 from bimos.training.progress import Progress
 from bimos.training.student import trainable_layers, uninitialised_student
-from bimos.training.trainer import distill
 
 FEW_BLOCKS = 4  # of block reconstruction; blocks cost the same
 

@@ -23,7 +23,7 @@ from bimos.demo import MODEL, fetch
 from bimos.models import convertible_linears, load_teacher
 from bimos.packing.checkpoint import save_packed
 from bimos.packing.format import pack_signs
-from bimos.packing.hf import pack_model
+from bimos.packing.pack import pack_model
 
 EXPERTS = 4
 SHAPES = {

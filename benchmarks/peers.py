@@ -28,7 +28,7 @@ import torch
 from bimos.cli.group import quiet
 from bimos.engine import Engine
 from bimos.evaluation.bandwidth import Bandwidth
-from bimos.evaluation.speed import EngineRunner, Prompts, Runner, TransformersRunner, stopwatch
+from bimos.evaluation.runners import EngineRunner, Prompts, Runner, TransformersRunner, stopwatch
 from bimos.evaluation.versions import provenance, write_json
 from bimos.kernels import native
 from bimos.models import load_model

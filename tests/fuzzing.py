@@ -23,7 +23,7 @@ def make_seeds(directory: Path) -> list[Path]:
     import torch
     import transformers
 
-    from bimos.packing.hf import pack_model
+    from bimos.packing.pack import pack_model
     from tiny_models import CONFIGS, Trained
 
     seeds = []

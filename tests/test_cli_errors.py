@@ -6,7 +6,6 @@ import errno
 import json
 import shutil
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +219,7 @@ def test_an_interrupted_run_resumes_and_no_other_takes_its_place(
 ) -> None:
     output = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(import_module("bimos.quantize"), "save_packed", raising(KeyboardInterrupt()))
+        patched.setattr("bimos.finishing.save_packed", raising(KeyboardInterrupt()))
         result = run(*quantize(teacher_directory, output, text_file))
     assert result.exit_code == 130 and result.stderr.endswith("interrupted; run again with --resume\n")
     before = contents(output)

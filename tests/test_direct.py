@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from bimos import BimosError
-from bimos.engine import Engine, _weights, load
+from bimos.engine import Engine, load
+from bimos.engine.weights import weights
 from bimos.generation import Sampling, continue_text
 from bimos.kernels import native
 from bimos.packing import mapped
@@ -55,7 +56,7 @@ def text(length: int, seed: int = 0) -> list[int]:
 def test_what_is_mapped_is_what_is_loaded(kind: str, options: dict[str, Any], packed: Packed, tmp_path: Path) -> None:
     packed(kind, **options).save_pretrained(tmp_path, max_shard_size="20KB")
     quick, loaded = mapped.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
-    (tensors, numbers), (others, other_numbers) = _weights(quick), _weights(loaded)
+    (tensors, numbers), (others, other_numbers) = weights(quick), weights(loaded)
     assert numbers == other_numbers and len(tensors) == len(others)
     assert all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(tensors, others, strict=True))
     assert quick.model.rotary_emb.attention_scaling == loaded.model.rotary_emb.attention_scaling

@@ -22,8 +22,8 @@ from torch import Tensor
 from bimos import BimosError
 from bimos.packing.format import unpack_signs
 from bimos.processes import LOST, Processes
-from bimos.training.blockwise import shuffled
-from bimos.training.trainer import checkpoints
+from bimos.training.checkpoints import checkpoints
+from bimos.training.reconstruction import shuffled
 
 STEPS = 20
 DIVIDED = "cannot be divided between 2 processes: start as many as divide it, or --set distill.batch_size=4"

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bimos import stages
-from bimos.config import RunConfig
+from bimos.config import DEFAULT_MINUTES, RunConfig
 from bimos.evaluation.perplexity import perplexity
 from bimos.methods import method_config
 from bimos.quantize import plan, run
@@ -48,7 +48,7 @@ COMPONENTS = {
 
 
 @pytest.mark.parametrize(
-    ("given", "tokens", "minutes"), [({}, None, module.DEFAULT_MINUTES), ({"tokens": 64}, 64, None), ({"minutes": 2.0}, None, 2.0)]
+    ("given", "tokens", "minutes"), [({}, None, DEFAULT_MINUTES), ({"tokens": 64}, 64, None), ({"minutes": 2.0}, None, 2.0)]
 )
 def test_budget_of_the_python_api(
     given: dict[str, Any], tokens: int | None, minutes: float | None, teacher_directory: Path, monkeypatch: pytest.MonkeyPatch

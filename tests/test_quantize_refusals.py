@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ from bimos import BimosError
 from bimos.quantize import plan, run
 from bimos.resume import WORK
 from running import config, contents, refused, teacher_like
-
-module = sys.modules["bimos.quantize"]  # the attribute of the package is the function
 
 
 @pytest.mark.parametrize("name", ["missing", "empty"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,16 @@ from bimos.config import RunConfig
 from bimos.packing.checkpoint import save_packed as save_packed_itself
 from bimos.quantize import run
 from bimos.resume import WORK, remembered
-from bimos.training.blockwise import block_file
+from bimos.training.blockfiles import block_file
 from bimos.training.student import load_tensors, save_tensors
 from running import config, contents, raising, refused, teacher_like
-
-module = sys.modules["bimos.quantize"]  # the attribute of the package is the function
 
 
 @pytest.fixture
 def stopped(teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that was interrupted when it was about to save."""
     with monkeypatch.context() as patched:
-        patched.setattr(module, "save_packed", raising(KeyboardInterrupt()))
+        patched.setattr("bimos.finishing.save_packed", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             run(teacher_directory, tmp_path / "out", config(text_file))
     return tmp_path / "out"
@@ -54,7 +51,7 @@ def test_resuming_after_the_model_changed(
     model = tmp_path / "model"
     shutil.copytree(teacher_directory, model)
     with monkeypatch.context() as patched:
-        patched.setattr(module, "save_packed", raising(KeyboardInterrupt()))
+        patched.setattr("bimos.finishing.save_packed", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             run(model, tmp_path / "out", config(text_file, tokens=128))
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -66,7 +63,7 @@ def test_resuming_after_the_text_changed(teacher_directory: Path, text: str, tmp
     path = tmp_path / "mine.txt"
     path.write_text(text)
     with monkeypatch.context() as patched:
-        patched.setattr(module, "save_packed", raising(KeyboardInterrupt()))
+        patched.setattr("bimos.finishing.save_packed", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             run(teacher_directory, tmp_path / "out", config(path, tokens=128))
     path.rename(tmp_path / "aside.txt")
@@ -150,7 +147,7 @@ def test_a_save_that_was_killed_is_done_again(stopped: Path, teacher_directory: 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "save_packed", save_and_die)
+        patched.setattr("bimos.finishing.save_packed", save_and_die)
         with pytest.raises(KeyboardInterrupt):
             run(teacher_directory, stopped, None, resume=True)
     AutoModelForCausalLM.from_pretrained(stopped)
@@ -167,7 +164,7 @@ def test_texts_to_evaluate_are_remembered(
     teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(module, "save_packed", raising(KeyboardInterrupt()))
+        patched.setattr("bimos.finishing.save_packed", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             run(teacher_directory, tmp_path / "out", config(text_file), evaluate=[str(text_file)])
     assert remembered(tmp_path / "out") == json.loads(json.dumps(config(text_file).to_dict()))

@@ -105,7 +105,7 @@ def student(dense: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedMo
 @pytest.fixture(scope="session")
 def packed(student: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
     """`packed(kind, embedding_bits=, dtype=, ...)`: a packed model in memory."""
-    from bimos.packing.hf import pack_model
+    from bimos.packing.pack import pack_model
 
     def make(
         kind: str = "llama",

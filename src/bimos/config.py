@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # For whoever names no text: prose as WikiText is typeset, the web, chat. WikiText-103's split for training has no article of the test.
 DEFAULT_DATA = "Salesforce/wikitext:wikitext-103-raw-v1:0.75,allenai/c4:en:0.2,HuggingFaceTB/smoltalk:all:0.05"
+DEFAULT_MINUTES = 60.0  # for whoever gives no budget
 
 
 @dataclasses.dataclass

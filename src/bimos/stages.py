@@ -14,15 +14,17 @@ from bimos.config import RunConfig
 from bimos.methods import MethodConfig, method_config
 from bimos.processes import ALONE, Processes
 from bimos.resume import check_same_text
-from bimos.training.blockwise import load_blocks, reconstruct_blocks
+from bimos.training.blockfiles import load_blocks
+from bimos.training.blockwise import reconstruct_blocks
 from bimos.training.budget import Budget
+from bimos.training.checkpoints import checkpoints
 from bimos.training.data import TokenStream
 from bimos.training.distillation import NumberedWindows
+from bimos.training.endtoend import distill
 from bimos.training.memory import peak_bytes, reset_peak
 from bimos.training.progress import Progress
 from bimos.training.student import load_tensors, load_trained, uninitialised_student
 from bimos.training.teacher import TopKCache
-from bimos.training.trainer import checkpoints, distill
 
 ENDLESS = 10**9  # windows of a stage whose end the clock decides
 

@@ -17,7 +17,8 @@ from bimos.cli import app
 from bimos.engine import Engine, windows
 from bimos.evaluation import bandwidth
 from bimos.evaluation.bandwidth import Bandwidth, last_caches
-from bimos.evaluation.speed import EngineRunner, Runs, TransformersRunner, bytes_read, measure
+from bimos.evaluation.runners import EngineRunner, TransformersRunner
+from bimos.evaluation.speed import Runs, bytes_read, measure
 from bimos.kernels import native
 from bimos.models import load_model
 from bimos.packing.checkpoint import save_packed

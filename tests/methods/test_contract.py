@@ -19,8 +19,8 @@ from bimos.methods import InputStatistics, MethodConfig, TrainableLinear, availa
 from bimos.models import convertible_linears, load_model
 from bimos.packing.checkpoint import save_packed
 from bimos.packing.format import pack_signs, unpack_signs
-from bimos.packing.hf import pack_model
 from bimos.packing.linear import PackedLinear
+from bimos.packing.pack import pack_model
 from bimos.packing.sizes import BODY, size_report
 from bimos.training.student import binarize
 

@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from bimos.errors import BimosError
 from bimos.packing.embedding import Int8Embedding, TiedInt8Head
-from bimos.packing.hf import BimosConfig, pack_model
+from bimos.packing.hf import BimosConfig
 from bimos.packing.linear import PackedLinear
+from bimos.packing.pack import pack_model
 
 Make = Callable[..., PreTrainedModel]
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "opt", "gpt_neox", "phi"]

@@ -19,9 +19,9 @@ from bimos.packing import mapped
 from bimos.packing.checkpoint import save_packed
 from bimos.packing.convert import unpack
 from bimos.packing.format import pack_signs, unpack_signs
-from bimos.packing.hf import pack_model
 from bimos.packing.layout import Layout
 from bimos.packing.linear import PackedLinear
+from bimos.packing.pack import pack_model
 from bimos.packing.sizes import size_report
 
 

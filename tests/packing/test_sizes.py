@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
 
 from bimos.errors import BimosError
-from bimos.packing.hf import skeleton
+from bimos.packing.pack import skeleton
 from bimos.packing.sizes import size_report
 
 Make = Callable[..., PreTrainedModel]

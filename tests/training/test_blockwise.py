@@ -18,7 +18,8 @@ from bimos.config import RunConfig
 from bimos.methods import method_config
 from bimos.models import convertible_linears
 from bimos.training import blockwise, initialise
-from bimos.training.blockwise import block_file, load_blocks, reconstruct_blocks
+from bimos.training.blockfiles import block_file, load_blocks
+from bimos.training.blockwise import reconstruct_blocks
 from bimos.training.losses import relative_error
 from bimos.training.progress import Progress
 from bimos.training.student import trainable_layers, uninitialised_student

@@ -15,8 +15,9 @@ from bimos.lanes import Lanes
 from bimos.methods import InputStatistics, method_config
 from bimos.models import convertible_linears, decoder_blocks
 from bimos.training import initialise, measuring
+from bimos.training.answers import Answers
 from bimos.training.initialise import Group, execution_groups, initialise_block
-from bimos.training.measuring import Answers, Measurement
+from bimos.training.measuring import Measurement
 from bimos.training.streams import advance, capture, embed
 from bimos.training.student import trainable_layers
 

@@ -19,12 +19,12 @@ from bimos.models import convertible_linears
 from bimos.training import int8
 from bimos.training.budget import Budget
 from bimos.training.distillation import Distillation, NumberedWindows
+from bimos.training.endtoend import distill
 from bimos.training.fused import fused
 from bimos.training.int8 import Int8Linear, int8_products
 from bimos.training.progress import Progress
 from bimos.training.student import binarize
 from bimos.training.teacher import TopKCache, hidden_states, logit_head
-from bimos.training.trainer import distill
 
 pytestmark = pytest.mark.skipif(native.isa() is None, reason="the kernels are not built")
 

@@ -21,15 +21,16 @@ from bimos.config import DistillConfig
 from bimos.methods import method_config
 from bimos.methods.base import TrainableLinear
 from bimos.models import convertible_linears
-from bimos.training import trainer as module
-from bimos.training.blockwise import load_blocks
+from bimos.training.blockfiles import load_blocks
 from bimos.training.budget import Budget
+from bimos.training.checkpoints import COMPLETE, checkpoints
 from bimos.training.distillation import Distillation, NumberedWindows
+from bimos.training.endtoend import distill
 from bimos.training.optimizer import adamw
 from bimos.training.progress import Progress
 from bimos.training.student import binarize
 from bimos.training.teacher import TopKCache
-from bimos.training.trainer import COMPLETE, checkpoints, distill
+from bimos.training.trainer import DistillTrainer
 
 LENGTH, STEP = 16, 64  # tokens of a window, and of a step of four
 METHOD = method_config("binarymos", {"num_experts": 2})
@@ -161,7 +162,7 @@ def test_accumulated_batches_are_one_batch(tmp_path: Path, monkeypatch: pytest.M
     def descent(*arguments: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(adamw(*arguments).param_groups)
 
-    monkeypatch.setattr(module, "adamw", descent)
+    monkeypatch.setattr("bimos.training.endtoend.adamw", descent)
     teacher = llama()
     students = []
     for accumulate, batch in ((1, 4), (4, 1), (2, 2)):
@@ -184,7 +185,7 @@ def test_clipping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int)
             gradients = [p.grad for group in self.param_groups for p in group["params"]]
             seen.append(torch.nn.utils.get_total_norm(gradients).item())
 
-    monkeypatch.setattr(module, "adamw", lambda *arguments: Watching(adamw(*arguments).param_groups))
+    monkeypatch.setattr("bimos.training.endtoend.adamw", lambda *arguments: Watching(adamw(*arguments).param_groups))
     for number, clip in enumerate((1e-3, 1e9)):
         run(tmp_path / str(number), student_of(llama()), llama(), steps=1, clip=clip)
     assert seen[0] == pytest.approx(1e-3, rel=1e-3) and seen[1] > 1e-2
@@ -224,13 +225,13 @@ def test_one_complete_checkpoint_is_kept(tmp_path: Path) -> None:
 
 def test_checkpoints_come_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
-    original = module.DistillTrainer._save_checkpoint
+    original = DistillTrainer._save_checkpoint
 
     def watch(self: Any, model: Any, trial: Any) -> None:
         saved.append(self.state.global_step)
         original(self, model, trial)
 
-    monkeypatch.setattr(module.DistillTrainer, "_save_checkpoint", watch)
+    monkeypatch.setattr(DistillTrainer, "_save_checkpoint", watch)
     run(tmp_path / "rarely", student_of(llama()), llama(), steps=5, checkpoint_minutes=60.0)
     assert saved == [5]  # the last one always
     saved.clear()
@@ -277,7 +278,7 @@ def test_an_incomplete_checkpoint_does_not_count(tmp_path: Path, damage: Callabl
     whole = student_of(teacher)
     run(tmp_path / "whole", whole, teacher)
     with monkeypatch.context() as patched:  # the older one, which is deleted once the newer is complete, is still there
-        patched.setattr(module.shutil, "rmtree", lambda *arguments, **options: None)
+        patched.setattr("bimos.training.checkpoints.shutil.rmtree", lambda *arguments, **options: None)
         interrupt(tmp_path / "killed", teacher, 10, 5)
     assert [path.name for path in checkpoints(tmp_path / "killed")] == [f"checkpoint-{i}" for i in range(1, 5)]
     for index in (1, 2):

@@ -60,7 +60,7 @@ def compare(
     from bimos.comparison.pareto import require_matplotlib
     from bimos.comparison.rows import parse_rows
     from bimos.comparison.setting import Setting
-    from bimos.quantize import DEFAULT_MINUTES
+    from bimos.config import DEFAULT_MINUTES
 
     require_matplotlib()
     together = RunConfig.from_dict(base | given, str(config) if config else "options")

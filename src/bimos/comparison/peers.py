@@ -32,8 +32,8 @@ from bimos.models import convertible_linears, load_teacher
 from bimos.options import build
 from bimos.packing.checkpoint import save_packed
 from bimos.packing.format import pack_signs
-from bimos.packing.hf import pack_model
 from bimos.packing.linear import PackedLinear
+from bimos.packing.pack import pack_model
 from bimos.packing.sizes import size_report
 from bimos.training.data import TokenStream
 from bimos.training.memory import peak_bytes, reset_peak

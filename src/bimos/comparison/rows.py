@@ -14,9 +14,8 @@ from typing import Any
 
 from bimos.comparison import TEACHER
 from bimos.comparison.peers import row_config, row_methods
-from bimos.config import RunConfig, override, read_yaml
+from bimos.config import DEFAULT_MINUTES, RunConfig, override, read_yaml
 from bimos.errors import BimosError
-from bimos.quantize import DEFAULT_MINUTES
 
 UNTRAINED = "untrained"  # neither blocks nor distillation: what a method makes of weights and calibration text alone
 

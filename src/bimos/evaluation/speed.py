@@ -7,32 +7,27 @@ are random tokens, other ones in every run, so that no beginning is remembered.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
 import resource
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
 from torch import nn
-from transformers import DynamicCache
 
 from bimos.engine import Engine, refusal, refuse_bits, windows
 from bimos.errors import BimosError
 from bimos.evaluation.bandwidth import Bandwidth
 from bimos.evaluation.perplexity import maximum_context
-from bimos.generation import Sampling
+from bimos.evaluation.runners import EngineRunner, Runner, TransformersRunner, stopwatch
 from bimos.kernels import native
 from bimos.models import has_experts, load_model
 from bimos.packing.embedding import Int8Embedding
 from bimos.packing.linear import set_activation
-
-Prompts = list[list[int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,43 +51,6 @@ class Runs:
                 raise BimosError(f"--{name} {','.join(map(str, given))}: must be at least 1")
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise BimosError(f"--threads {self.threads}: must be from 1 to 1024")
-
-
-class Runner(Protocol):
-    """Continues prompts of equal length greedily: the next token of each at every step, end-of-text tokens like any other."""
-
-    def steps(self, prompts: Prompts, tokens: int) -> Iterator[list[Any]]: ...
-
-
-class EngineRunner:
-    """In the engine."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    def steps(self, prompts: Prompts, tokens: int) -> Iterator[list[Any]]:
-        return self.engine.tokens(prompts, Sampling(tokens, temperature=0, repetition_penalty=1), stop=False)
-
-
-class TransformersRunner:
-    """In `transformers`, which keeps keys and values in a `DynamicCache`."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.options: dict[str, Any] = {"logits_to_keep": 1} if last_only else {}
-        self.cache_bytes = 0  # a position of a sequence, of the last run
-
-    @torch.inference_mode()
-    def steps(self, prompts: Prompts, tokens: int) -> Iterator[list[Any]]:
-        ids = torch.tensor(prompts)
-        cache: Any = DynamicCache(config=self.model.config)
-        for _ in range(tokens):
-            logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **self.options).logits
-            ids = logits[:, -1].argmax(-1, keepdim=True)
-            yield ids[:, 0].tolist()
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        self.cache_bytes = held // (len(prompts) * cache.get_seq_length())
 
 
 def measure(
@@ -200,14 +158,6 @@ class _Rounds:
     def medians(self) -> dict[tuple[int, int], tuple[float, float]]:
         """Seconds to the first token, and for a step after it."""
         return {kind: (statistics.median(self.firsts[kind]), statistics.median(self.steps[kind])) for kind in self.kinds}
-
-
-def stopwatch(steps: Iterator[Any]) -> list[float]:
-    """Seconds that each step takes."""
-    stamps = [time.perf_counter()]
-    for _ in steps:
-        stamps.append(time.perf_counter())
-    return [end - start for start, end in itertools.pairwise(stamps)]
 
 
 def bytes_read(model: nn.Module, head_bits: int | None = None) -> int:

@@ -32,9 +32,9 @@ from bimos.packing.checkpoint import check_output, save_packed, written_aside
 from bimos.packing.embedding import Int8Embedding, Int8Head
 from bimos.packing.format import pack_signs
 from bimos.packing.groups import by_input, product_form
-from bimos.packing.hf import describe, load_dense_config, pack_model, skeleton
 from bimos.packing.integrity import is_packed, read_config
 from bimos.packing.linear import PackedLinear
+from bimos.packing.pack import describe, load_dense_config, pack_model, skeleton
 from bimos.packing.salient import salient_columns, sparse_weight
 
 _AUTHORS = {"in_channel_scale": "scale_in", "out_channel_scale": "scale_out", "gate_linear.weight": "router"}

@@ -18,8 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bimos.errors import BimosError
-from bimos.packing.hf import load_dense_config, skeleton
 from bimos.packing.integrity import DTYPES, METADATA_KEY, read_config, read_headers, weight_files
+from bimos.packing.pack import load_dense_config, skeleton
 
 LayoutOf = Callable[[int, int, bool], Mapping[str, tuple[tuple[int, ...], torch.dtype]]]
 Stored = dict[str, tuple[tuple[int, ...], str]]  # shape and safetensors dtype, by name

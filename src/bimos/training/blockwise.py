@@ -13,52 +13,33 @@ gradients are averaged.
 from __future__ import annotations
 
 import copy
-import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bimos.config import RunConfig, decided
-from bimos.errors import BimosError
 from bimos.kernels import native
 from bimos.lanes import LANES, Lanes
-from bimos.methods.base import MethodConfig, TrainableLinear
-from bimos.methods.ste import SharedSigns
+from bimos.methods.base import MethodConfig
 from bimos.models import convertible_linears, decoder_blocks
-from bimos.processes import ALONE, Clock, Processes
-from bimos.training.budget import Budget, schedule
+from bimos.processes import ALONE, Processes
+from bimos.training.blockfiles import block_file, finished, is_own
 from bimos.training.fused import fused
 from bimos.training.initialise import initialise_block
-from bimos.training.losses import relative_error
 from bimos.training.mapped import entering_in, release, rest, working_copy
 from bimos.training.memory import given_back, peak_bytes, reset_peak
 from bimos.training.ondisk import give_back, on_disk
-from bimos.training.optimizer import build_optimizer, moments_to_disk, set_rate, sign_planes, step_in_turn
 from bimos.training.pacing import LATE, PASSES, STARTING, TRAINED, Pace, seconds_a_token, sequences_ahead
 from bimos.training.progress import Progress
-from bimos.training.streams import BlockCall, advance, batches, capture, embed
-from bimos.training.student import load_tensors, load_trained, replace_empty, save_tensors, trainable_layers
+from bimos.training.reconstruction import WARM_STEPS, reconstruct
+from bimos.training.streams import advance, batches, capture, embed
+from bimos.training.student import load_trained, replace_empty, save_tensors
 
 LARGE = 16 << 20  # weights of a block that, with low memory, sees the halves of a batch one after the other
-WARM_STEPS = 10  # until rates may be what they should: Adam's first steps know little, and the time may be over soon
-
-
-def block_file(directory: Path, index: int) -> Path:
-    """Where a finished block's trained tensors lie."""
-    return directory / f"block-{index:03d}.safetensors"
-
-
-def load_blocks(student: nn.Module, directory: Path) -> None:
-    """Put what stage 2 left in `directory` into a student."""
-    _, blocks = decoder_blocks(student)
-    for index, block in enumerate(blocks):
-        tensors, _ = load_tensors(block_file(directory, index))
-        load_trained(block, tensors)
 
 
 def reconstruct_blocks(
@@ -137,7 +118,7 @@ def _each_block(
         copies = (working_copy(stored, dtype, device) for _ in range(2))
         block, trainable = copies if config.low_memory else (stored, copy.deepcopy(stored))
         path = block_file(directory, index)
-        found = _finished(path)
+        found = finished(path)
         if found is not None:
             tensors, entry = found
             replace_empty(trainable, local, method)
@@ -158,7 +139,7 @@ def _each_block(
             if config.low_memory:
                 rest(block)
             training = time.monotonic()
-            entry = _reconstruct(
+            entry = reconstruct(
                 trainable, index, lanes, lane_call, student_stream, stream, config, generator, left, start, progress, processes, directory
             )
             going_on = time.monotonic()
@@ -180,7 +161,7 @@ def _each_block(
                 if index == 1 and needed > LATE * seconds:  # the first one also warms up
                     taken = f"{len(blocks)} blocks take about {needed / 60:.1f} minutes on this machine"
                     progress.note(f"{taken}, the budget has {seconds / 60:.1f} for them: give it more --minutes")
-            own = {name: tensor for name, tensor in trainable.state_dict().items() if _is_own(trainable, name)}
+            own = {name: tensor for name, tensor in trainable.state_dict().items() if is_own(trainable, name)}
             if processes.is_first:
                 save_tensors(own, path, {key: repr(value) for key, value in entry.items()})
             del own
@@ -228,129 +209,3 @@ def _plan(block: nn.Module, count: int, method: MethodConfig, config: RunConfig,
     streams = 2 * stream.numel() * stream.element_size()
     told = f"{count} blocks, one in memory at a time: {weights / 1e6:,.0f} MB each in their file, hidden states {streams / 1e6:,.0f} MB"
     return f"{told}, about {minutes:.1f} minutes a block" if config.minutes is None else f"{told}, {config.minutes:g} minutes in all"
-
-
-def _finished(path: Path) -> tuple[dict[str, Tensor], dict[str, float]] | None:
-    """What a finished block's file holds; None if there is none that is whole."""
-    if not path.exists():
-        return None
-    try:
-        tensors, metadata = load_tensors(path)
-        return tensors, {key: float(metadata[key]) for key in ("loss_first", "loss_last", "seconds", "tokens", "next_sequences")}
-    except (SafetensorError, KeyError, ValueError):
-        return None  # damaged: the block is done again
-
-
-def _is_own(block: nn.Module, name: str) -> bool:
-    """Whether a tensor is the student's own: all of a trainable layer, and norms that training has taken to float32."""
-    parameter = dict(block.named_parameters()).get(name)
-    is_trained = parameter is not None and parameter.dtype == torch.float32
-    return is_trained or isinstance(block.get_submodule(name.rpartition(".")[0]), TrainableLinear)
-
-
-def _reconstruct(
-    block: nn.Module,
-    index: int,
-    lanes: Lanes,
-    call: BlockCall,
-    inputs: Tensor,
-    targets: Tensor,
-    config: RunConfig,
-    generator: torch.Generator,
-    seconds: float | None,
-    start: float,
-    progress: Progress,
-    processes: Processes,
-    directory: Path,
-) -> dict[str, float]:
-    """Train one block in place; the errors of its first and last steps, and the tokens that it saw.
-
-    Args:
-        call: with the rows of one lane.
-        directory: for what is not kept in memory.
-    """
-    options, length = config.blocks, inputs.shape[1]
-    layers = [layer for _, layer in trainable_layers(block)]
-    trains = bool(layers) and decided(options.enabled, layers[0].config.trained)
-    size = min(options.batch_size // processes.count, len(inputs))
-    rows_of_lane = size // lanes.count
-    if not trains:
-        error = processes.mean(_error(block, call, inputs, targets, rows_of_lane))
-        return {"loss_first": error, "loss_last": error, "tokens": 0.0}
-    optimizer = build_optimizer(
-        block, {"latent": options.lr_latent, "scale": options.lr_scale, "router": options.lr_router}, (0.9, 0.95), 0.0
-    )
-    if config.low_memory and inputs.device.type == "cpu":
-        moments_to_disk(optimizer, directory)
-    trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
-    together = size * processes.count
-    total = options.epochs * processes.count * len(inputs) * length
-    left = None if seconds is None else processes.agreed(seconds - (time.monotonic() - start))
-    clock = Clock(processes)
-    budget = Budget(tokens=total if left is None else None, seconds=left, clock=clock)
-    budget.start()
-    losses: list[float] = []
-    is_bfloat16 = inputs.dtype == torch.bfloat16
-    signs = SharedSigns(sign_planes(block), torch.bfloat16 if is_bfloat16 else torch.float32)
-
-    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=is_bfloat16):
-            output = call(block, inputs)
-        return relative_error(output, targets)
-
-    while (left is None or left > 0) and budget.progress() < 1 and budget.spent_tokens < total:
-        order = shuffled(len(inputs), size, processes, generator)
-        for rows in batches(len(inputs), size):
-            clock.tick()
-            rate = schedule("cosine", 0.05, max(budget.progress(), budget.spent_tokens / total))
-            set_rate(optimizer, min(rate, (len(losses) + 1) / WARM_STEPS))
-            with signs:
-                loss = lanes.backward(loss_of, {"inputs": inputs[order[rows]], "targets": targets[order[rows]]})
-            _average(trained, processes)
-            if config.low_memory:
-                step_in_turn(optimizer)
-            else:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            give_back(inputs)
-            give_back(targets)
-            budget.spent_tokens += together * length
-            losses.append(processes.mean(loss.item()))
-            if not math.isfinite(losses[-1]):
-                raise BimosError(f"block {index}: the loss is not finite; lower blocks.lr_latent and blocks.lr_scale; start anew")
-            progress.tick(together * length, loss=losses[-1])
-            if budget.progress() >= 1:
-                break
-    if not losses:  # the start took all the time
-        losses.append(processes.mean(_error(block, call, inputs, targets, rows_of_lane)))
-    tail = max(1, len(losses) // 10)
-    return {"loss_first": losses[0], "loss_last": sum(losses[-tail:]) / tail, "tokens": float(budget.spent_tokens)}
-
-
-def _average(parameters: list[nn.Parameter], processes: Processes) -> None:
-    """Gradients over all processes, in place; a process that has none of a parameter (a linear that saw no token) counts as zero."""
-    if processes.count == 1:
-        return
-    used = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=parameters[0].device)
-    processes.add([used])
-    for parameter, count in zip(parameters, used.tolist(), strict=True):
-        if count and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    processes.average(parameter.grad for parameter in parameters if parameter.grad is not None)
-
-
-def shuffled(count: int, size: int, processes: Processes, generator: torch.Generator) -> Tensor:
-    """An order `[count]` of this process's rows, batches of `size`.
-
-    Every row keeps its place in its batch, which decides whose it is: batches are the same for any number of processes.
-    """
-    orders = [torch.randperm(count // size, generator=generator) for _ in range(size * processes.count)]
-    first = processes.rank * size
-    mine = [place + size * order for place, order in enumerate(orders[first : first + size])]
-    return torch.stack(mine, 1).flatten()
-
-
-def _error(block: nn.Module, call: BlockCall, inputs: Tensor, targets: Tensor, size: int) -> float:
-    rows = slice(0, size)
-    with torch.no_grad():
-        return relative_error(call(block, inputs[rows]), targets[rows]).item()

@@ -12,9 +12,10 @@ from bimos.kernels import native
 from bimos.lanes import LANES
 from bimos.methods import MethodConfig, method_config
 from bimos.models import convertible_linears, decoder_blocks
+from bimos.training.answers import KEPT_BYTES
 from bimos.training.blockwise import LARGE
 from bimos.training.losses import CHUNK_BYTES
-from bimos.training.measuring import KEPT_BYTES, MOST_SAMPLES, SAMPLES
+from bimos.training.measuring import MOST_SAMPLES, SAMPLES
 
 RUNTIME = 700 * 2**20  # Python, torch, transformers and the text that is mapped, before any model
 LATENT = 4 * 4  # float32 latent, gradient and two Adam moments

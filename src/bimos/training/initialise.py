@@ -19,7 +19,8 @@ from bimos.config import InitialiseConfig, decided
 from bimos.lanes import Lanes
 from bimos.methods.base import MethodConfig
 from bimos.processes import ALONE, Processes
-from bimos.training.measuring import Answers, Group, Measurement
+from bimos.training.answers import Answers, Group
+from bimos.training.measuring import Measurement
 from bimos.training.streams import BlockCall
 from bimos.training.student import binarize
 
