@@ -16,18 +16,20 @@ import dataclasses
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimos.errors import BimosError
 from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, bias_layout, plane_layout, register
 from bimos.methods.compensation import Fit, compensated_fit
-from bimos.methods.coupled import coupled_fit, coupled_latents
+from bimos.methods.coupled import GroupedFit, coupled_fit, coupled_latents
 from bimos.methods.experts import cluster, tune_scales
 from bimos.methods.mixing import mix, route_and_mix
 from bimos.methods.planes import Plane, SignPlane, decision
 from bimos.methods.rank_one import weighted_rank_one
-from bimos.methods.ste import compute_dtype, sign_linear
+from bimos.methods.ste import compute_dtype, sign_linear, sign_ste
 from bimos.packing.format import pack_signs
+from bimos.packing.groups import by_input, count_groups
 
 
 class BinaryMoSLinear(TrainableLinear):
@@ -46,6 +48,8 @@ class BinaryMoSLinear(TrainableLinear):
     def __init__(self, in_features: int, out_features: int, bias: bool, config: BinaryMoSConfig) -> None:
         super().__init__(in_features, out_features, bias, config)
         experts = config.num_experts
+        groups = count_groups(in_features, config.group_size) if config.group_size else 0
+        self.scale_group = nn.Parameter(torch.ones(config.planes, out_features, groups)) if groups else None
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.scale_in = nn.Parameter(torch.ones(experts, in_features))
         self.scale_out = nn.Parameter(torch.ones(experts, out_features))
@@ -61,11 +65,13 @@ class BinaryMoSLinear(TrainableLinear):
         experts = config.num_experts
         sample = statistics.sample
         distinct = config.distinct_experts and experts > 1 and len(sample) >= 8 * experts
-        fit: Fit | None = None
-        second: Fit | None = None
+        fit: Fit | GroupedFit | None = None
+        coupled: list[GroupedFit] = []
         clusters = None
-        if config.planes == 2:
-            fit, second = coupled_fit(weight, statistics.second_moment, statistics.gram, config.compensation, config.iterations)
+        if config.planes == 2 or config.group_size:
+            options = config.planes, config.group_size, config.compensation, config.iterations
+            coupled = coupled_fit(weight, statistics.second_moment, statistics.gram, *options)
+            fit = coupled[0]
         elif statistics.gram is not None and config.compensation:
             fit = compensated_fit(weight, statistics.gram, config.compensation, config.iterations)
         if fit is not None:
@@ -83,12 +89,14 @@ class BinaryMoSLinear(TrainableLinear):
         with torch.no_grad():
             layer.scale_out.copy_(rows)
             layer.scale_in.copy_(columns)
-            if fit is None or second is None:
+            if layer.scale_group is not None:
+                layer.scale_group.copy_(torch.stack([part.group for part in coupled]))
+            if len(coupled) < 2:
                 layer.weight.copy_(_latents(decided, rows, columns, config.latent_magnitude))
             else:
-                layer.scale_out_2.copy_(second.row)  # type: ignore[union-attr]
-                layer.scale_in_2.copy_(second.column)  # type: ignore[union-attr]
-                layer.weight.copy_(coupled_latents(fit, second))
+                layer.scale_out_2.copy_(coupled[1].row)  # type: ignore[union-attr]
+                layer.scale_in_2.copy_(coupled[1].column)  # type: ignore[union-attr]
+                layer.weight.copy_(coupled_latents(*coupled))
             if layer.router is not None:
                 if clusters is not None:
                     layer.router.copy_(clusters.router)
@@ -108,10 +116,21 @@ class BinaryMoSLinear(TrainableLinear):
         else:
             scaled, gate = route_and_mix(x, self.router, self.scale_in)
         if self.scale_in_2 is None or self.scale_out_2 is None:
-            return self.plus_bias(mix(sign_linear(scaled, self.weight), gate, self.scale_out))
-        y = mix(sign_linear(scaled, self.weight, Plane.FIRST), gate, self.scale_out)
-        y = y + mix(sign_linear(mix(x, gate, self.scale_in_2), self.weight, Plane.SECOND), gate, self.scale_out_2)
+            return self.plus_bias(mix(self._product(scaled, Plane.ONLY), gate, self.scale_out))
+        y = mix(self._product(scaled, Plane.FIRST), gate, self.scale_out)
+        y = y + mix(self._product(mix(x, gate, self.scale_in_2), Plane.SECOND), gate, self.scale_out_2)
         return self.plus_bias(y)
+
+    def _product(self, x: Tensor, plane: Plane) -> Tensor:
+        if self.scale_group is None:
+            return sign_linear(x, self.weight, plane)
+        signs = sign_ste(self.weight, x, plane)
+        scale = self.scale_group[int(plane is Plane.SECOND)].to(signs.dtype)
+        return F.linear(x, signs * by_input(scale, self.config.group_size or 1, self.in_features))
+
+    @property
+    def group_size(self) -> int | None:
+        return self.config.group_size
 
     def pack(self) -> dict[str, Tensor]:
         tensors = {
@@ -121,6 +140,8 @@ class BinaryMoSLinear(TrainableLinear):
         }
         if self.router is not None:
             tensors["router"] = self.router.detach().half()
+        if self.scale_group is not None:
+            tensors["scale_group"] = self.scale_group.detach().half()
         return tensors | self.packed_bias()
 
     @staticmethod
@@ -130,7 +151,7 @@ class BinaryMoSLinear(TrainableLinear):
     def roles(self) -> dict[str, list[nn.Parameter]]:
         return self.by_role(
             latent=[self.weight],
-            scale=[*self._each(self.scale_in, self.scale_in_2), *self._each(self.scale_out, self.scale_out_2)],
+            scale=[*self._mixed(), *([] if self.scale_group is None else [self.scale_group])],
             router=[] if self.router is None else [self.router],
         )
 
@@ -139,7 +160,10 @@ class BinaryMoSLinear(TrainableLinear):
         return [SignPlane(self.weight, plane) for plane in planes]
 
     def experts(self) -> list[nn.Parameter]:
-        return [] if self.router is None else self.roles()["scale"]
+        return [] if self.router is None else self._mixed()
+
+    def _mixed(self) -> list[nn.Parameter]:
+        return [*self._each(self.scale_in, self.scale_in_2), *self._each(self.scale_out, self.scale_out_2)]
 
 
 @register
@@ -156,6 +180,7 @@ class BinaryMoSConfig(MethodConfig):
 
     num_experts: int = 4
     planes: int = 1  # 2: two signs a weight, each plane with scales of its own
+    group_size: int | None = None  # inputs of a row that have a scale of their own in each plane, beside the mixed ones; None: none
     compensation: int = 3  # rounds in which signs make good each other's errors, where inputs are known; 0: signs of the weights
     iterations: int = 8  # of activation-weighted least squares for the scales; 0: rank-1 SVD of |W|
     distinct_experts: bool = True  # experts start apart: by the steps below, or from clusters of tokens
@@ -167,6 +192,8 @@ class BinaryMoSConfig(MethodConfig):
             raise BimosError(f"num_experts={self.num_experts}: must be from 1 to 256")
         if self.planes not in (1, 2):
             raise BimosError(f"planes={self.planes}: must be 1 or 2")
+        if self.group_size is not None and self.group_size < 1:
+            raise BimosError(f"group_size={self.group_size}: must be positive, or null for no groups")
         for name in ("iterations", "compensation", "scale_steps"):
             if getattr(self, name) < 0:
                 raise BimosError(f"{name}={getattr(self, name)}: must be 0 or more")
@@ -185,6 +212,9 @@ class BinaryMoSConfig(MethodConfig):
         }
         if experts > 1:
             layout["router"] = StoredTensor((experts, in_features), torch.float16)
+        if self.group_size is not None:
+            groups = count_groups(in_features, self.group_size)
+            layout["scale_group"] = StoredTensor((self.planes, out_features, groups), torch.float16)
         return layout | bias_layout(out_features, bias)
 
 

@@ -43,7 +43,7 @@ def tune_scales(layer: TrainableLinear, weight: Tensor, statistics: InputStatist
     with torch.no_grad():
         for router in roles["router"]:
             router.copy_(torch.randn(router.shape, generator=generator) * (UNDECIDED / size))
-        for scale in scales if roles["router"] else ():
+        for scale in layer.experts():
             scale.mul_((1 + SPREAD * torch.randn(scale.shape, generator=generator)).to(device))
     groups = [{"params": [scale], "lr": RATE * scale.abs().mean().item()} for scale in scales]
     groups += [{"params": [router], "lr": 10 * RATE / size} for router in roles["router"]]
