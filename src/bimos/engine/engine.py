@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bimos.engine.fit import check_options, load, refusal
-from bimos.engine.weights import table, weights
+from bimos.engine.weights import table_of, weights
 from bimos.errors import BimosError
 from bimos.generation import Sampling, Streamer
 from bimos.kernels import native
@@ -184,7 +184,7 @@ class Engine:
         ops, size = torch.ops.bimos, self.config.vocab_size
         ids = torch.linspace(0, size - 1, min(64, self.config.max_position_embeddings)).long().tolist()
         importance = ops.engine_squares(self._id, ids) if len(ids) > 1 else None
-        weight, scale = table(head, None)
+        weight, scale = table_of(head, None)
         ops.engine_head(self._id, *native.quantize_int4(weight, scale if scale.numel() else None, importance))
 
     def _ids(self, text: str) -> list[int]:

@@ -22,7 +22,7 @@ def weights(model: Any, head_bits: int | None = None) -> tuple[list[Tensor], lis
     numbers += [config.intermediate_size, config.max_position_embeddings, len(inner.layers)]
     tensors: list[Tensor] = []
     for table, bits in ((model.get_input_embeddings(), None), (model.get_output_embeddings(), head_bits)):
-        tensors += table(table, bits)
+        tensors += table_of(table, bits)
     tensors += [inner.norm.weight.detach().float(), inner.rotary_emb.inv_freq.float()]
     for block, window in zip(inner.layers, windows(config), strict=True):
         numbers.append(window)
@@ -40,7 +40,7 @@ def weights(model: Any, head_bits: int | None = None) -> tuple[list[Tensor], lis
     return tensors, numbers
 
 
-def table(table: Any, bits: int | None) -> tuple[Tensor, Tensor]:
+def table_of(table: Any, bits: int | None) -> tuple[Tensor, Tensor]:
     """Rows of an embedding or a head, int8 where `bits` is 8, and their scales, float32; empty where they have none."""
     weight, scale = table.weight.detach(), table.scale if isinstance(table, Int8Embedding | Int8Head | TiedInt8Head) else None
     if bits == 8 and scale is None:
