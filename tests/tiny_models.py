@@ -34,7 +34,7 @@ class Trained(nn.Module):
         n_in, n_out = linear.in_features, linear.out_features
         self.tensors: dict[str, Tensor] = {"weight": torch.randint(0, 256, (planes, n_out, n_in // 8), dtype=torch.uint8)}
         self.group_size = group
-        if group is None:
+        if group is None or experts > 1:
             self.tensors["scale_in"] = (torch.rand(planes, experts, n_in) + 0.5).half()
         for name in grouped if group else ():
             leading = (n_out,) if name in ("scale_group_int", "offset_group") else (planes, n_out)

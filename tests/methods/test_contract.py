@@ -31,6 +31,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"num_experts": 3},
         {"num_experts": 1, "planes": 2},
         {"num_experts": 2, "planes": 2},
+        {"num_experts": 2, "group_size": 16},
+        {"num_experts": 2, "planes": 2, "group_size": 16},
         {"num_experts": 2, "iterations": 0, "distinct_experts": False, "latent_magnitude": None},
     ],
     "billm": [{"block_size": 16}],

@@ -8,6 +8,9 @@ One router per linear drives both mixes. Stored: one plane, `e` pairs of float16
 
 With `planes=2`, which the paper has not, a second plane with scaling experts of its own is added to Y; one router drives all mixes.
 Both planes come from one latent, whose four levels they are (`bimos.methods.planes`), and are trained on their common error.
+
+With `group_size=g`, which the paper has not either, every g inputs of a row have a float16 scale of their own besides, in each plane:
+B_p in the place of sign(W) has the entries s_pik sign(W_pij), k the group of j.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ class BinaryMoSLinear(TrainableLinear):
         scale_in `[e, in]`, scale_out `[e, out]`: the experts.
         router: `[e, in]`, None with one expert.
         scale_in_2, scale_out_2: of the second plane, or None.
+        scale_group: `[planes, out, groups]`, or None.
         bias: `[out]` or None.
     """
 
@@ -92,7 +96,8 @@ class BinaryMoSLinear(TrainableLinear):
             if layer.scale_group is not None:
                 layer.scale_group.copy_(torch.stack([part.group for part in coupled]))
             if len(coupled) < 2:
-                layer.weight.copy_(_latents(decided, rows, columns, config.latent_magnitude))
+                expected = rows.mean(0)[:, None] * columns.mean(0) if fit is None or not coupled else coupled[0].scales
+                layer.weight.copy_(_latents(decided, expected, config.latent_magnitude))
             else:
                 layer.scale_out_2.copy_(coupled[1].row)  # type: ignore[union-attr]
                 layer.scale_in_2.copy_(coupled[1].column)  # type: ignore[union-attr]
@@ -218,13 +223,12 @@ class BinaryMoSConfig(MethodConfig):
         return layout | bias_layout(out_features, bias)
 
 
-def _latents(decided: Tensor, rows: Tensor, columns: Tensor, magnitude: float | None) -> Tensor:
-    """Latents `[out, in]` of what signs were taken of; scales `[e, out]`, `[e, in]`."""
+def _latents(decided: Tensor, expected: Tensor, magnitude: float | None) -> Tensor:
+    """Latents `[out, in]` of what signs were taken of, and of the sizes that scales give them."""
     if magnitude is None:
         return decided
     # Divided by what the scales expect of it, every latent is as likely to flip as any other.
-    expected = rows.mean(0).abs()[:, None] * columns.mean(0)[None, :]
-    latents = decided / expected.clamp_min(1e-8)
+    latents = decided / expected.abs().clamp_min(1e-8)
     # Errors carried over make some decisions extreme; all should stay possible to undo.
     most = 6 * latents.abs().median()
     latents.clamp_(-most, most)
