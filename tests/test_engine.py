@@ -24,7 +24,7 @@ GREEDY = Sampling(max_new_tokens=20, temperature=0, repetition_penalty=1)
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("llama", {"planes": 2, "experts": 1, "group": 32, "intermediate_size": 96}),
-    ("llama", {"planes": 2, "experts": 2, "group": 32}),
+    ("llama", {"planes": 2, "experts": 2, "group": 32, "num_hidden_layers": 1}),
     ("llama", {"planes": 2, "experts": 1, "group": 32, "grouped": ("scale_group_01",)}),  # 72 inputs: a last group of 8
     ("qwen2", {"planes": 2, "experts": 1, "group": 64, "grouped": ("scale_group_int", "offset_group")}),
     ("mistral", {"planes": 1, "experts": 1, "group": 32, "grouped": ("scale_group", "offset_group")}),

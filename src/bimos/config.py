@@ -63,6 +63,9 @@ class DistillConfig:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.1  # share of the stage
     clip: float = 1.0
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: moments in 8 bits, by blocks of 256 (2110.02861); torchao's
+    latents: Literal["float32", "bfloat16"] = "float32"  # bfloat16: rounded stochastically behind every step; torchao's
+    checkpointing: bool = False  # activations inside the student's blocks are computed again for gradients, not kept
     temperature: float = 1.0
     hidden_weight: float = 0.0  # of the sum over layers of the MSE of hidden states, per sequence as in the paper: 10
     relative_weight: float = 0.0  # of the mean over layers of the error of hidden states relative to their norm

@@ -31,15 +31,18 @@ from bimos.packing.pack import pack_model, restore_rotary
 from bimos.packing.sizes import size_report
 from bimos.processes import ALONE, Processes, are_several, current
 from bimos.resume import WORK, fingerprint
-from bimos.settling import check_fit, check_low_memory, settled_run, with_budget, write_run
+from bimos.settling import check_fit, check_low_memory, lean_options, settled_run, with_budget, write_run
 from bimos.stages import gathered, train
 from bimos.training.estimate import peak_memory
 from bimos.training.mapped import load_mapped
 from bimos.training.sources import parse_sources
 
 
-def plan(model: str | Path, config: RunConfig) -> dict[str, Any]:
+def plan(model: str | Path, config: RunConfig, processes: int = 1) -> dict[str, Any]:
     """Size of the result and peak memory of every stage, from the model's config alone.
+
+    Args:
+        processes: between which the work is to be divided; memory is that of each.
 
     Raises:
         BimosError: no such model or method, or a model that cannot be binarized.
@@ -48,7 +51,13 @@ def plan(model: str | Path, config: RunConfig) -> dict[str, Any]:
     empty = empty_model(load_config(model))
     names = convertible_linears(empty, config.skip)
     sizes = size_report(empty, layout=method.packed_layout, converted=list(names), embedding_bits=config.embedding_bits)
-    return {"model": str(model), "method": config.method, **sizes, "peak_memory_bytes": peak_memory(empty, config)}
+    return {
+        "model": str(model),
+        "method": config.method,
+        **sizes,
+        "processes": processes,
+        "peak_memory_bytes": peak_memory(empty, config, processes),
+    }
 
 
 def quantize(
@@ -157,6 +166,8 @@ def _run(
     method = method_config(config.method, config.options)
     for size, key in ((config.blocks.batch_size, "blocks.batch_size"), (config.distill.batch_size, "distill.batch_size")):
         processes.divided(size, key)
+    if processes.count > 1 and lean_options(config):
+        raise BimosError(f"{lean_options(config)[0]} is for one process; leave it out: several divide moments and latents between them")
     if processes.count > 1 and any(source.kind == "self" for source in parse_sources(config.data)):
         raise BimosError("text of 'self' is written by one process; write it with `bimos quantize` in one, or give other --data")
     teacher, tokenizer = _load(model, config, device)

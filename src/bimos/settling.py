@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.integrations import get_available_reporting_integrations
 
-from bimos.config import DEFAULT_MINUTES, RunConfig
+from bimos.config import DEFAULT_MINUTES, DistillConfig, RunConfig
 from bimos.errors import BimosError
 from bimos.evaluation.perplexity import maximum_context
 from bimos.evaluation.texts import load_text
@@ -87,6 +88,12 @@ def check_low_memory(config: RunConfig, evaluate: Sequence[str] = ()) -> None:
         raise BimosError("--low-memory does not hold the whole model, which would have to write the text of 'self'; give other --data")
 
 
+def lean_options(config: RunConfig) -> list[str]:
+    """The options that ask for torchao's optimizers."""
+    plain, distill = DistillConfig(), config.distill
+    return [f"distill.{key}={getattr(distill, key)}" for key in ("optimizer", "latents") if getattr(distill, key) != getattr(plain, key)]
+
+
 def check_fit(teacher: PreTrainedModel, method: MethodConfig, config: RunConfig) -> None:
     """Raises BimosError on whatever would end the run only after much work."""
     for name, linear in convertible_linears(teacher, config.skip).items():
@@ -97,6 +104,9 @@ def check_fit(teacher: PreTrainedModel, method: MethodConfig, config: RunConfig)
     limit = maximum_context(teacher)
     if limit is not None and config.sequence_length > limit:
         raise BimosError(f"sequence_length={config.sequence_length} is more than this model can take; set it to {limit} or less")
+    for option in lean_options(config):
+        if find_spec("torchao") is None:
+            raise BimosError(f"{option} needs torchao: pip install 'bimos[lean]', or leave it out")
     known = get_available_reporting_integrations()
     if config.distill.report_to not in ("none", "all", *known):
         raise BimosError(f"distill.report_to={config.distill.report_to}: unknown or not installed; here: {', '.join(['none', *known])}")

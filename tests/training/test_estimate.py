@@ -68,5 +68,31 @@ def test_what_is_not_done_takes_nothing(small: PreTrainedModel) -> None:
     assert tiles == sum(p.numel() for p in small.parameters() if p.dim() == 2) * 17 // 16  # the embedding is the head
 
 
+def test_lean_states_take_less(llama_7b: PreTrainedModel) -> None:
+    latents = sum(p.numel() for p in llama_7b.model.layers.parameters() if p.dim() == 2)
+    whole = peak_memory(llama_7b, config())["distill"]
+    saved = {
+        ("adamw8bit", "float32"): 6,  # of 4 + 4 + 8 bytes
+        ("adamw", "bfloat16"): 8,
+        ("adamw8bit", "bfloat16"): 10,
+    }
+    for (optimizer, dtype), bytes_a_latent in saved.items():
+        lean = peak_memory(llama_7b, config(distill={"optimizer": optimizer, "latents": dtype}))["distill"]
+        assert whole - lean == bytes_a_latent * latents
+    recomputed = peak_memory(llama_7b, config(distill={"checkpointing": True}))["distill"]
+    assert whole - recomputed > 0.5 * (whole - peak_memory(llama_7b, config(distill={"batch_size": 1}))["distill"])
+
+
+def test_several_processes_divide_the_work(llama_7b: PreTrainedModel) -> None:
+    alone, two, eight = (peak_memory(llama_7b, config(distill={"batch_size": 8}), n) for n in (1, 2, 8))
+    latents = sum(p.numel() for p in llama_7b.model.layers.parameters() if p.dim() == 2)
+    assert alone["distill"] - two["distill"] > 8 * latents  # half of 16 bytes, and of the activations
+    assert eight["distill"] < two["distill"]
+    weights = 2 * sum(p.numel() for p in llama_7b.parameters())
+    assert eight["distill"] > weights + 4 * latents  # before anything is divided
+    assert alone["blocks"] - two["blocks"] > 2 * 4096 * 131_072  # half of both streams
+    assert peak_memory(llama_7b, config(), 1) == peak_memory(llama_7b, config())
+
+
 def test_nothing_is_allocated(llama_7b: PreTrainedModel) -> None:
     assert {p.device for p in llama_7b.parameters()} == {torch.device("meta")}

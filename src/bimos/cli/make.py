@@ -53,6 +53,9 @@ def quantize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", metavar="", help="Only say how large it gets and what memory it takes; reads no weights.")
     ] = False,
+    processes: Annotated[
+        int | None, typer.Option(metavar="N", help="With --dry-run: how many are to divide the work. [default: those at work]", min=1)
+    ] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of data order and every random start.")] = None,
     json: Json = None,
 ) -> None:
@@ -64,6 +67,8 @@ def quantize(
 
     if output is None and not dry_run:
         raise BimosError("where to? give an output directory with -o DIR (or --dry-run)")
+    if processes is not None and not dry_run:
+        raise BimosError(f"--processes {processes} goes with --dry-run: start as many with torchrun or accelerate launch")
     if resume and overwrite:
         raise BimosError("--resume continues what is in the output directory, --overwrite replaces it: give one of them")
     given = {"method": method, "data": data, "embedding_bits": embedding_bits, "seed": seed, "tokens": tokens, "minutes": minutes}
@@ -85,7 +90,7 @@ def quantize(
     if dry_run or output is None:
         if not current(device).is_first:
             return
-        result = plan(model, run_config)
+        result = plan(model, run_config, processes or current(device).count)
         show.plan(out, result)
     else:
         texts = show.split(ppl)

@@ -50,8 +50,9 @@ def planes(out: Console, result: dict[str, Any]) -> None:
 def plan(out: Console, result: dict[str, Any]) -> None:
     """What `--dry-run` says."""
     sizes(out, result)
+    each = " in each process" if result.get("processes", 1) > 1 else ""
     for stage, peak in result.get("peak_memory_bytes", {}).items():
-        out.print(f"peak memory of {stage}: about {size(peak)}")
+        out.print(f"peak memory of {stage}{each}: about {size(peak)}")
 
 
 def perplexities(out: Console, result: dict[str, Any]) -> None:

@@ -19,7 +19,6 @@ import dataclasses
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimos.errors import BimosError
@@ -27,12 +26,13 @@ from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, Trai
 from bimos.methods.compensation import Fit, compensated_fit
 from bimos.methods.coupled import GroupedFit, coupled_fit, coupled_latents
 from bimos.methods.experts import cluster, tune_scales
+from bimos.methods.grouped import grouped_sign_linear
 from bimos.methods.mixing import mix, route_and_mix
 from bimos.methods.planes import Plane, SignPlane, decision
 from bimos.methods.rank_one import weighted_rank_one
 from bimos.methods.ste import compute_dtype, sign_linear, sign_ste
 from bimos.packing.format import pack_signs
-from bimos.packing.groups import by_input, count_groups
+from bimos.packing.groups import count_groups
 
 
 class BinaryMoSLinear(TrainableLinear):
@@ -129,9 +129,8 @@ class BinaryMoSLinear(TrainableLinear):
     def _product(self, x: Tensor, plane: Plane) -> Tensor:
         if self.scale_group is None:
             return sign_linear(x, self.weight, plane)
-        signs = sign_ste(self.weight, x, plane)
-        scale = self.scale_group[int(plane is Plane.SECOND)].to(signs.dtype)
-        return F.linear(x, signs * by_input(scale, self.config.group_size or 1, self.in_features))
+        scale = self.scale_group[int(plane is Plane.SECOND)]
+        return grouped_sign_linear(x, sign_ste(self.weight, x, plane), scale, self.config.group_size or self.in_features)
 
     @property
     def group_size(self) -> int | None:

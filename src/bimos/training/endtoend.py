@@ -22,8 +22,9 @@ from bimos.training.checkpoints import COMPLETE, continued
 from bimos.training.distillation import Distillation
 from bimos.training.fused import fused
 from bimos.training.int8 import int8_products
-from bimos.training.optimizer import adamw, experts_together, select
+from bimos.training.optimizer import adamw, experts_together, narrow_latents, select
 from bimos.training.progress import Progress
+from bimos.training.recomputing import checkpointed
 from bimos.training.sharding import shard
 from bimos.training.student import load_tensors, load_trained
 from bimos.training.teacher import TopKCache
@@ -60,6 +61,8 @@ def distill(
     if config.train_norms:
         rates["norm"] = config.lr_scale
     select(student, rates)
+    if config.latents == "bfloat16":
+        narrow_latents(student)
     tokens_per_step = config.batch_size * config.accumulate * sequence_length
     arguments = TrainingArguments(
         output_dir=str(directory),
@@ -99,14 +102,15 @@ def distill(
         with lanes, fused(*models), in_int8:  # in this order: `fused` asks modules what they answer
             if is_sharded:
                 shard(distillation, student, teacher)
-            optimizer = adamw(student, rates, (config.beta1, config.beta2), config.weight_decay)
+            optimizer = adamw(student, rates, (config.beta1, config.beta2), config.weight_decay, config.optimizer == "adamw8bit")
             scheduler = LambdaLR(optimizer, lambda _: schedule(config.schedule, config.warmup, budget.progress()))
             given: Any = {"train_dataset": dataset, "optimizers": (optimizer, scheduler), "callbacks": [clock]}
             trainer = DistillTrainer(clock, lanes, processes, distillation, arguments, **given)
             for callback in list(trainer.callback_handler.callbacks):
                 if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
                     trainer.remove_callback(callback)
-            with experts_together(student, config.expert_share):
+            recomputed = checkpointed(student) if config.checkpointing else nullcontext()
+            with experts_together(student, config.expert_share), recomputed:
                 trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
     losses = [loss for _, loss in clock.losses]
     edge = max(1, len(losses) // 50)

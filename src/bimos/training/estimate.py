@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bimos.config import RunConfig
+from bimos.config import DistillConfig, RunConfig
 from bimos.kernels import native
 from bimos.lanes import LANES
 from bimos.methods import MethodConfig, method_config
@@ -23,18 +23,20 @@ LATENT = 4 * 4  # float32 latent, gradient and two Adam moments
 STARTS = ((4, 1), (3, 4))
 
 
-def peak_memory(model: nn.Module, config: RunConfig) -> dict[str, int]:
-    """Bytes at the peak of each stage that the config asks for.
+def peak_memory(model: nn.Module, config: RunConfig, processes: int = 1) -> dict[str, int]:
+    """Bytes at the peak of each stage that the config asks for, in each process.
 
     The teacher is held in 16 bits, or 32 where the processor is slow in 16 (`native.fast_dtype`), and so are activations. Stages 1
     and 2 add two streams of hidden states and one block, in training or (whichever is more) with the matrices behind the start of
     its widest linear; stage 3 adds every block in training and the activations of a step. Activations are counted per linear: scaled
     input and product, and each once more where it is mixed, gated or normalised, which autograd keeps.
 
-    With low memory, stages 1 and 2 have neither teacher, nor streams, nor moments of Adam in memory.
+    With low memory, stages 1 and 2 have neither teacher, nor streams, nor moments of Adam in memory. Several processes have each a part
+    of the streams and of every batch; in stage 3 of all weights, gradients and moments too, but two blocks are whole at a time.
 
     Args:
         model: may be on the meta device.
+        processes: between which the work is divided.
     """
     linears = convertible_linears(model, config.skip)
     _, blocks = decoder_blocks(model)
@@ -52,8 +54,8 @@ def peak_memory(model: nn.Module, config: RunConfig) -> dict[str, int]:
     tokens = config.blocks.tokens if config.blocks.enabled else 0
     if config.initialise.activation_aware:  # beside a batch
         tokens = tokens or config.initialise.sequences * config.sequence_length
-    batch = config.blocks.batch_size * config.sequence_length
-    streams = 0 if low else 2 * value * hidden * max(tokens, batch)
+    batch = max(1, config.blocks.batch_size // processes) * config.sequence_length
+    streams = 0 if low else 2 * value * hidden * max(tokens // processes, batch)
     of_block = latent // len(blocks)
     widest = max(m.weight.numel() for m in linears.values())
     in_turn = low and max(sum(p.numel() for p in block.parameters()) for block in blocks) >= LARGE and config.blocks.batch_size >= LANES
@@ -66,24 +68,40 @@ def peak_memory(model: nn.Module, config: RunConfig) -> dict[str, int]:
         training += 2 * 4 * widest  # gradients of one linear on their way
     if config.initialise.activation_aware and (method.uses_inputs or config.blocks.enabled):
         seen = min(tokens, config.initialise.sequences * config.sequence_length)
-        samples = min(MOST_SAMPLES, seen * SAMPLES // batch)
+        samples = min(MOST_SAMPLES, seen * SAMPLES // (batch * processes))
         starting = 4 * of_block + max(
             4 * max(squares * m.in_features**2 + copies * m.weight.numel() for squares, copies in STARTS) + 4 * samples * m.in_features
             for m in linears.values()
         )
         # What enters or leaves four groups of linears in the teacher, and its stream behind the block.
-        vectors = value * hidden * seen
+        vectors = value * hidden * (seen // processes)
         starting += 5 * vectors if not low and 4 * vectors <= KEPT_BYTES else 0
     stages = {"blocks": RUNTIME + weights + streams + max(4 * of_block, training, starting, passing)}
     if config.distill.enabled:
-        step = config.distill.batch_size * config.sequence_length
-        state = (LATENT if config.distill.train == "all" else 4) + signs
+        step = max(1, config.distill.batch_size // processes) * config.sequence_length
+        state = _state(config.distill) + signs
         states = 2 * value * hidden * len(blocks) * step if config.distill.hidden_weight or config.distill.relative_weight else 0
+        if config.distill.checkpointing:  # what enters each block, and one of them inside
+            kept = value * hidden * len(blocks) + kept // len(blocks)
         # A byte a weight, and a sixteenth for sums (csrc/group8.h), counted wherever it runs.
-        is_tiled = config.distill.int8_teacher and value == 2
+        is_tiled = config.distill.int8_teacher and value == 2 and processes == 1
         tiles = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)) * 17 // 16 if is_tiled else 0
-        stages["distill"] = RUNTIME + weights + tiles + state * latent + kept * step + states + 6 * LANES * CHUNK_BYTES
+        working = kept * step + states + 6 * LANES * CHUNK_BYTES
+        held = weights + tiles + state * latent
+        if processes > 1:  # the teacher's embeddings and head stay whole; at first, so are all weights
+            body = value * sum(p.numel() for block in blocks for p in block.parameters())
+            parts = weights - body + (body + state * latent) // processes + 2 * (2 * 4 * latent + body) // len(blocks)
+            held = max(parts, weights + 4 * latent - working)
+        stages["distill"] = RUNTIME + held + working
     return stages
+
+
+def _state(distill: DistillConfig) -> int:
+    """Bytes a latent, with gradient and moments."""
+    width = 2 if distill.latents == "bfloat16" else 4
+    if distill.train != "all":
+        return width
+    return 2 * width + (2 if distill.optimizer == "adamw8bit" else 2 * width)
 
 
 def _latents(method: MethodConfig, linear: nn.Linear) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ def experts_together(model: nn.Module, share: float) -> Iterator[None]:
 def build_optimizer(model: nn.Module, rates: dict[str, float], betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
     """AdamW on the roles that `rates` names; every other parameter stops requiring gradients. Norms are taken to float32."""
     select(model, rates)
-    return adamw(model, rates, betas, weight_decay)
+    optimizer = adamw(model, rates, betas, weight_decay)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    return optimizer
 
 
 def select(model: nn.Module, rates: dict[str, float]) -> None:
@@ -82,15 +85,35 @@ def select(model: nn.Module, rates: dict[str, float]) -> None:
             parameter.requires_grad_(True)
 
 
-def adamw(model: nn.Module, rates: dict[str, float], betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW on what was selected, a group for each role."""
+def adamw(
+    model: nn.Module, rates: dict[str, float], betas: tuple[float, float], weight_decay: float, eight_bits: bool = False
+) -> torch.optim.Optimizer:
+    """AdamW on what was selected, a group for each role: torch's, or torchao's where there are moments in 8 bits or latents in bfloat16.
+
+    torchao rounds parameters in bfloat16 stochastically (a step is less than what their last bit means) and compiles a step for every
+    shape that it meets.
+
+    Args:
+        eight_bits: moments of parameters with at least 4096 values, a multiple of 256, in 8 bits (2110.02861).
+    """
     groups = trained_parameters(model, norms="norm" in rates)
-    chosen = [
+    chosen: list[dict[str, Any]] = [
         {"params": groups[role], "lr": rate, "base_lr": rate, "role": role, "weight_decay": weight_decay if role == "latent" else 0.0}
         for role, rate in rates.items()
         if groups[role]
     ]
-    return torch.optim.AdamW(chosen, betas=betas, fused=True)
+    if not eight_bits and all(p.dtype == torch.float32 for group in chosen for p in group["params"]):
+        return torch.optim.AdamW(chosen, betas=betas, fused=True)
+    torchao: Any = import_module("torchao.optim")
+    kind = torchao.AdamW8bit if eight_bits else torchao._AdamW
+    optimizer: torch.optim.Optimizer = kind(chosen, betas=betas, bf16_stochastic_round=True)
+    return optimizer
+
+
+def narrow_latents(model: nn.Module) -> None:
+    """Latents in bfloat16, in place: for an optimizer that rounds stochastically."""
+    for latent in trained_parameters(model)["latent"]:
+        latent.data = latent.data.bfloat16()
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
