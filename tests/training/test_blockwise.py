@@ -17,7 +17,7 @@ from bimos import BimosError
 from bimos.config import RunConfig
 from bimos.methods import method_config
 from bimos.models import convertible_linears
-from bimos.training import blockwise, initialise
+from bimos.training import blockwise, initialise, reconstruction
 from bimos.training.blockfiles import block_file, load_blocks
 from bimos.training.blockwise import reconstruct_blocks
 from bimos.training.losses import relative_error
@@ -262,7 +262,7 @@ def test_rates_begin_with_the_training_not_with_the_start(tmp_path: Path, window
         now[0] += 1.0
 
     monkeypatch.setattr(blockwise, "initialise_block", start)
-    monkeypatch.setattr(blockwise, "set_rate", step)
+    monkeypatch.setattr(reconstruction, "set_rate", step)
     monkeypatch.setattr(blockwise.time, "monotonic", lambda: now[0])
     reconstruct(tmp_path, windows, config(epochs=100), seconds=390.0)  # of each block's 130 seconds 40 are left
     assert len(factors) == 120 and max(factors) > 0.8 and factors[0] < 0.2 and factors[39] < 0.05

@@ -15,7 +15,7 @@ from bimos.lanes import Lanes
 from bimos.methods import InputStatistics, method_config
 from bimos.models import convertible_linears, decoder_blocks
 from bimos.training import initialise, measuring
-from bimos.training.answers import Answers
+from bimos.training.answers import KEPT_BYTES, Answers
 from bimos.training.initialise import Group, execution_groups, initialise_block
 from bimos.training.measuring import Measurement
 from bimos.training.streams import advance, capture, embed
@@ -159,19 +159,19 @@ def test_statistics_are_those_of_what_the_student_sees(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("config", [LLAMA, OPT, NEOX], ids=lambda config: config.model_type)
 def test_answers_are_the_same_made_once_or_anew(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     error, student = begin(config)
-    monkeypatch.setattr(answers, "KEPT_BYTES", 0)
+    monkeypatch.setattr("bimos.training.answers.KEPT_BYTES", 0)
     again, other = begin(config)
     assert again == error
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("kept", [0, answers.KEPT_BYTES])
+@pytest.mark.parametrize("kept", [0, KEPT_BYTES])
 @pytest.mark.parametrize("size", [2, 4])
 def test_lanes_start_like_one(size: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, block, names, _, stream = setting(LLAMA)
     _, calls = capture(model, torch.zeros(size, 16, dtype=torch.long))
-    monkeypatch.setattr(answers, "KEPT_BYTES", kept)
+    monkeypatch.setattr("bimos.training.answers.KEPT_BYTES", kept)
     answers = advance(block, calls[1], stream, size)
     students = []
     torch.set_num_threads(4)
