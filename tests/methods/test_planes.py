@@ -81,7 +81,7 @@ def test_latents_of_a_fit_have_its_signs(known: bool) -> None:
     torch.manual_seed(2)
     weight, sample = torch.randn(40, 64), torch.randn(256, 64)
     gram = sample.T @ sample / 256 if known else None
-    pair = coupled_fit(weight, torch.ones(64), gram, 3, 4)
+    pair = coupled_fit(weight, torch.ones(64), gram, 2, None, 3, 4)
     latent = coupled_latents(*pair)
     wanted = torch.stack([torch.where(fit.decision >= 0, 1.0, -1.0) for fit in pair])
     assert torch.equal(signs(latent), wanted)

@@ -16,6 +16,7 @@ from bimos.training.answers import KEPT_BYTES
 from bimos.training.blockwise import LARGE
 from bimos.training.losses import CHUNK_BYTES
 from bimos.training.measuring import MOST_SAMPLES, SAMPLES
+from bimos.training.probing import kept_by
 
 RUNTIME = 700 * 2**20  # Python, torch, transformers and the text that is mapped, before any model
 LATENT = 4 * 4  # float32 latent, gradient and two Adam moments
@@ -28,8 +29,8 @@ def peak_memory(model: nn.Module, config: RunConfig, processes: int = 1) -> dict
 
     The teacher is held in 16 bits, or 32 where the processor is slow in 16 (`native.fast_dtype`), and so are activations. Stages 1
     and 2 add two streams of hidden states and one block, in training or (whichever is more) with the matrices behind the start of
-    its widest linear; stage 3 adds every block in training and the activations of a step. Activations are counted per linear: scaled
-    input and product, and each once more where it is mixed, gated or normalised, which autograd keeps.
+    its widest linear; stage 3 adds every block in training and the activations of a step. What a method's layers keep for their
+    gradients is asked of a small one (`kept_by`); beside it norms, attention and gates keep what enters and what leaves them.
 
     With low memory, stages 1 and 2 have neither teacher, nor streams, nor moments of Adam in memory. Several processes have each a part
     of the streams and of every batch; in stage 3 of all weights, gradients and moments too, but two blocks are whole at a time.
@@ -48,9 +49,13 @@ def peak_memory(model: nn.Module, config: RunConfig, processes: int = 1) -> dict
     latent = sum(_latents(method, m) for m in linears.values())
     whole: Any = model.config
     hidden = whole.get_text_config().hidden_size
-    kept = sum(value * (2 * m.in_features + 2 * m.out_features) for m in linears.values())  # bytes a token
-    kept += len(blocks) * value * 2 * hidden  # norms, attention
-    signs = 2 * value if value == 2 else 1  # values and their gradient beside the latent's; bits and their tiles
+    layers = kept_by(method, native.fast_dtype(torch.bfloat16))
+    # What is added to the residual stream is not kept, but what enters its linear is; of the others what leaves them. Two norms a block.
+    around = sum(m.in_features if m.out_features == hidden else m.out_features for m in linears.values()) + 4 * hidden * len(blocks)
+    kept = round(value * around + sum(layers.bytes_a_token(m.in_features, m.out_features) for m in linears.values()))  # bytes a token
+    # Values of signs and their gradient; or bits and their tiles, and a gradient of each plane beside the first, whose is the latent's.
+    signs = layers.planes * 2 * value if value == 2 else layers.planes + 4 * max(0, layers.planes - 1)
+    made = round(LANES * layers.of_weight)  # weights for the product, a lane
     tokens = config.blocks.tokens if config.blocks.enabled else 0
     if config.initialise.activation_aware:  # beside a batch
         tokens = tokens or config.initialise.sequences * config.sequence_length
@@ -64,7 +69,7 @@ def peak_memory(model: nn.Module, config: RunConfig, processes: int = 1) -> dict
         passing = 4 * of_block + 2 * sum(p.numel() for p in blocks[0].parameters()) + value * widest
         passing += 3 * value * batch * max(max(m.in_features, m.out_features) for m in linears.values())
     if config.blocks.enabled:
-        training = (LATENT - (8 if low else 0) + signs) * of_block + kept // len(blocks) * batch // (LANES if in_turn else 1)
+        training = (LATENT - (8 if low else 0) + signs + made) * of_block + kept // len(blocks) * batch // (LANES if in_turn else 1)
         training += 2 * 4 * widest  # gradients of one linear on their way
     if config.initialise.activation_aware and (method.uses_inputs or config.blocks.enabled):
         seen = min(tokens, config.initialise.sequences * config.sequence_length)
@@ -79,7 +84,7 @@ def peak_memory(model: nn.Module, config: RunConfig, processes: int = 1) -> dict
     stages = {"blocks": RUNTIME + weights + streams + max(4 * of_block, training, starting, passing)}
     if config.distill.enabled:
         step = max(1, config.distill.batch_size // processes) * config.sequence_length
-        state = _state(config.distill) + signs
+        state = _state(config.distill) + signs + made
         states = 2 * value * hidden * len(blocks) * step if config.distill.hidden_weight or config.distill.relative_weight else 0
         if config.distill.checkpointing:  # what enters each block, and one of them inside
             kept = value * hidden * len(blocks) + kept // len(blocks)

@@ -1,0 +1,70 @@
+"""What a method's layers hold while they train: asked of a small one, for the methods do not say."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from bimos.methods.base import InputStatistics, MethodConfig, TrainableLinear
+from bimos.methods.ste import SharedSigns
+
+TOKENS, IN, OUT = 64, 256, 128  # of the smallest probe
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Bytes that autograd keeps of one linear beside its parameters, its input and its signs.
+
+    Attributes:
+        of_input, of_output: for a token and an input, and for a token and an output.
+        of_token: for a token.
+        of_weight: for a weight, in every lane: a weight made for the product.
+        planes: of signs, that lanes share, a weight.
+    """
+
+    of_input: float
+    of_output: float
+    of_token: float
+    of_weight: float
+    planes: int
+
+    def bytes_a_token(self, in_features: int, out_features: int) -> float:
+        return self.of_input * in_features + self.of_output * out_features + self.of_token
+
+
+def kept_by(method: MethodConfig, dtype: torch.dtype) -> Kept:
+    """Of a layer whose inputs have `dtype`, on this machine's CPU, from three sizes and two numbers of tokens."""
+    once = {(n_in, n_out): _held(method, TOKENS, n_in, n_out, dtype) for n_in, n_out in ((IN, OUT), (2 * IN, OUT), (IN, 2 * OUT))}
+    more = {size: _held(method, 2 * TOKENS, *size, dtype) - held for size, held in once.items()}  # of TOKENS tokens alone
+    small = more[IN, OUT]
+    of_input = (more[2 * IN, OUT] - small) / (TOKENS * IN)
+    of_output = (more[IN, 2 * OUT] - small) / (TOKENS * OUT)
+    of_token = small / TOKENS - of_input * IN - of_output * OUT
+    planes = len(_layer(method, IN, OUT).sign_planes())
+    return Kept(of_input, of_output, of_token, (once[IN, OUT] - small) / (IN * OUT), planes)
+
+
+def _layer(method: MethodConfig, n_in: int, n_out: int) -> TrainableLinear:
+    return method.layer.from_linear(nn.Linear(n_in, n_out, bias=False), method, InputStatistics.uninformed(n_in), torch.Generator())
+
+
+def _held(method: MethodConfig, tokens: int, n_in: int, n_out: int, dtype: torch.dtype) -> int:
+    layer = _layer(method, n_in, n_out)
+    x = torch.zeros(1, tokens, n_in, dtype=dtype, requires_grad=True)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    planes = layer.sign_planes()
+    with SharedSigns(planes, dtype):
+        shared = [signs.leaf for latent, _ in planes for signs in latent.shared_signs.values()]  # type: ignore[attr-defined]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", enabled=dtype == torch.bfloat16):
+            y = layer(x)
+        known = {tensor.untyped_storage().data_ptr() for tensor in (x, *layer.parameters(), *layer.buffers(), *shared)}
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    del y
+    return sum(size for place, size in storages.items() if place not in known)

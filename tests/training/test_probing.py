@@ -1,0 +1,31 @@
+"""What layers keep while they train, as the plan of a run has it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bimos.methods import available_methods, method_config
+from bimos.training.probing import kept_by
+
+
+@pytest.mark.parametrize("name", list(available_methods()))
+def test_every_method_can_be_asked(name: str) -> None:
+    kept = kept_by(method_config(name), torch.float32)
+    assert min(kept.of_input, kept.of_output, kept.of_token, kept.of_weight) >= 0
+    assert kept.of_weight > 0 or kept.planes > 0  # of the weight there is something to multiply by
+
+
+@pytest.mark.parametrize(("planes", "experts"), [(1, 1), (1, 4), (2, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixed_scales_keep_scaled_inputs_products_and_gates(planes: int, experts: int, dtype: torch.dtype) -> None:
+    kept = kept_by(method_config("binarymos", {"planes": planes, "num_experts": experts}), dtype)
+    assert (kept.of_input, kept.of_output) == (planes * dtype.itemsize, planes * dtype.itemsize)
+    assert kept.of_token == (4 * experts if experts > 1 else 0)
+    assert kept.of_weight == pytest.approx(0, abs=0.01) and kept.planes == planes
+
+
+def test_a_weight_that_is_made_counts_for_every_lane() -> None:
+    kept = kept_by(method_config("dbllm"), torch.float32)
+    assert kept.of_weight == pytest.approx(4, abs=0.01) and kept.planes == 0
+    assert kept.bytes_a_token(256, 512) == 0
