@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import logging
 import os
 import sys
 import warnings
@@ -70,6 +71,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("always", category=UserWarning, module="bimos")
     warnings.showwarning = _show_warning
+    for library in ("torchao", "torch.utils._pytree"):  # which transformers imports where it is there: kernels that it has not, for one
+        logging.getLogger(library).setLevel(logging.ERROR)
     import datasets
     import huggingface_hub.utils
     import transformers
