@@ -198,4 +198,4 @@ def test_chat_through_a_pipe(teacher_directory: Path) -> None:
 def test_module_runs_as_a_program() -> None:
     done = subprocess.run([sys.executable, "-m", "bimos", "info", "no/such/model/here"], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: no such model directory: 'no/such/model/here'\n"
+    assert done.stderr == "error: no such model directory: 'no/such/model/here'; give one, a .gguf file or a Hub id\n"

@@ -33,14 +33,14 @@ def _source(model: str | Path) -> tuple[str, dict[str, Any]]:
     path = Path(text).expanduser()
     if text.endswith(".gguf"):
         if not path.is_file():
-            raise BimosError(f"no such file: '{text}'")
+            raise BimosError(f"no such file: '{text}'; give a .gguf file, a model directory or a Hub id")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise BimosError(f"'{text}' has no config.json: give a transformers model directory, a .gguf file or a Hub id")
         return str(path), {}
     if text.startswith((".", "/", "~")) or text.count("/") > 1 or path.is_file():
-        raise BimosError(f"no such model directory: '{text}'")
+        raise BimosError(f"no such model directory: '{text}'; give one, a .gguf file or a Hub id")
     return text, {}
 
 

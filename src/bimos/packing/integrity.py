@@ -139,7 +139,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
             return values
     except OSError:
         if not Path(directory).is_dir():
-            raise BimosError(f"no such model directory: '{directory}'") from None
+            raise BimosError(f"no such model directory: '{directory}'; give one that bimos has written") from None
         raise BimosError(f"'{directory}' has no config.json: not a model, or a save that was interrupted") from None
     except (ValueError, RecursionError):
         pass

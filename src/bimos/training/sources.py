@@ -119,7 +119,7 @@ def _data_files(path: Path) -> tuple[Path, ...]:
     if not is_of(path, SUFFIXES):
         raise BimosError(f"data file '{path}' is of unknown kind '{path.suffix}'; known: {known}")
     if path.stat().st_size == 0:
-        raise BimosError(f"data file '{path}' is empty")
+        raise BimosError(f"data file '{path}' is empty; name one with text in it, or leave it out")
     return (path,)
 
 
