@@ -113,6 +113,13 @@ def test_hub_id_without_network(tmp_path: Path, text_file: Path) -> None:
     assert_refused(run(*quantize("nobody/no-model", tmp_path / "out", text_file)), "nobody/no-model", "network")
 
 
+def test_a_plan_for_several_processes(tmp_path: Path, teacher_directory: Path, text_file: Path) -> None:
+    assert_refused(run(*quantize(teacher_directory, tmp_path / "out", text_file, "--processes", 2)), "--dry-run", "torchrun")
+    assert not (tmp_path / "out").exists()
+    planned = run("quantize", teacher_directory, "--dry-run", "--processes", 2)
+    assert planned.exit_code == 0 and "peak memory of distill in each process" in planned.stdout
+
+
 def test_a_mixture_of_experts_is_refused(tmp_path: Path, text_file: Path) -> None:
     MixtralForCausalLM(MixtralConfig(**TINY, num_local_experts=2)).save_pretrained(tmp_path / "moe")
     assert_refused(run("quantize", tmp_path / "moe", "--dry-run"), "mixture-of-experts")
