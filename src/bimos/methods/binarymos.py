@@ -96,7 +96,7 @@ class BinaryMoSLinear(TrainableLinear):
             if layer.scale_group is not None:
                 layer.scale_group.copy_(torch.stack([part.group for part in coupled]))
             if len(coupled) < 2:
-                expected = rows.mean(0)[:, None] * columns.mean(0) if fit is None or not coupled else coupled[0].scales
+                expected = coupled[0].scales if coupled else rows.mean(0)[:, None] * columns.mean(0)
                 layer.weight.copy_(_latents(decided, expected, config.latent_magnitude))
             else:
                 layer.scale_out_2.copy_(coupled[1].row)  # type: ignore[union-attr]
@@ -138,7 +138,7 @@ class BinaryMoSLinear(TrainableLinear):
 
     def pack(self) -> dict[str, Tensor]:
         tensors = {
-            "weight": torch.stack([pack_signs(decision(latent.detach(), plane)) for latent, plane in self.sign_planes()]),
+            "weight": torch.stack([pack_signs(decision(signs.latent.detach(), signs.plane)) for signs in self.sign_planes()]),
             "scale_in": torch.stack([part.detach().half() for part in self._each(self.scale_in, self.scale_in_2)]),
             "scale_out": torch.stack([part.detach().half() for part in self._each(self.scale_out, self.scale_out_2)]),
         }
@@ -161,7 +161,7 @@ class BinaryMoSLinear(TrainableLinear):
 
     def sign_planes(self) -> list[SignPlane]:
         planes = (Plane.ONLY,) if self.scale_in_2 is None else (Plane.FIRST, Plane.SECOND)
-        return [SignPlane(self.weight, plane) for plane in planes]
+        return [SignPlane(self.weight, plane, as_values=self.scale_group is not None) for plane in planes]
 
     def experts(self) -> list[nn.Parameter]:
         return [] if self.router is None else self._mixed()

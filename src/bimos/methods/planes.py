@@ -31,10 +31,14 @@ class Plane(enum.Enum):
 
 
 class SignPlane(NamedTuple):
-    """A plane of signs that a layer multiplies by."""
+    """A plane of signs that a layer multiplies by.
+
+    `as_values`: it takes their values alone (`sign_ste`), and has no use for the tables of `sign_linear`.
+    """
 
     latent: nn.Parameter
     plane: Plane = Plane.ONLY
+    as_values: bool = False
 
 
 def decision(latent: Tensor, plane: Plane) -> Tensor:

@@ -65,15 +65,15 @@ class SharedSigns:
     def __init__(self, planes: Iterable[SignPlane], dtype: torch.dtype) -> None:
         self._planes = list(planes)
         # Kept from step to step: fresh memory of this size costs as much as what is done with it.
-        self._signs = [torch.empty_like(latent, dtype=dtype, requires_grad=False) for latent, _ in self._planes]
-        trained = {id(latent): latent for latent, _ in self._planes if latent.requires_grad and latent.dtype != dtype}
+        self._signs = [torch.empty_like(latent, dtype=dtype, requires_grad=False) for latent, *_ in self._planes]
+        trained = {id(latent): latent for latent, *_ in self._planes if latent.requires_grad and latent.dtype != dtype}
         self._grads = {key: torch.empty_like(latent, requires_grad=False) for key, latent in trained.items()}
 
     def __enter__(self) -> None:
-        for (latent, plane), signs in zip(self._planes, self._signs, strict=True):
+        for (latent, plane, as_values), signs in zip(self._planes, self._signs, strict=True):
             leaf = signs.detach().requires_grad_(latent.requires_grad)
             tiles = None
-            if tables_pay(latent, signs.dtype):
+            if not as_values and tables_pay(latent, signs.dtype):
                 decided = decision(latent.detach(), plane)
                 tiles = (*_tiled(decided, False), *_tiled(decided, True))
             shared = _Shared(leaf, plane, tiles)
@@ -84,7 +84,7 @@ class SharedSigns:
             latent.shared_signs[plane] = shared  # type: ignore[attr-defined]
 
     def __exit__(self, *_: object) -> None:
-        for latent, plane in self._planes:
+        for latent, plane, _as_values in self._planes:
             grad = latent.shared_signs.pop(plane).leaf.grad  # type: ignore[attr-defined]
             if not latent.shared_signs:  # type: ignore[attr-defined]
                 del latent.shared_signs  # type: ignore[attr-defined]

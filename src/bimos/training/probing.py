@@ -61,7 +61,7 @@ def _held(method: MethodConfig, tokens: int, n_in: int, n_out: int, dtype: torch
 
     planes = layer.sign_planes()
     with SharedSigns(planes, dtype):
-        shared = [signs.leaf for latent, _ in planes for signs in latent.shared_signs.values()]  # type: ignore[attr-defined]
+        shared = [signs.leaf for plane in planes for signs in plane.latent.shared_signs.values()]  # type: ignore[attr-defined]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", enabled=dtype == torch.bfloat16):
             y = layer(x)
         known = {tensor.untyped_storage().data_ptr() for tensor in (x, *layer.parameters(), *layer.buffers(), *shared)}

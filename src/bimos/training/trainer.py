@@ -72,7 +72,7 @@ class DistillTrainer(Trainer):
         self._signs: AbstractContextManager[Any] | None = None
         if lanes.count > 1:
             planes = sign_planes(model.student)
-            signed = {id(latent) for latent, _ in planes}
+            signed = {id(signs.latent) for signs in planes}
             self._others = [p for p in model.parameters() if p.requires_grad and id(p) not in signed]
             self._signs = SharedSigns(planes, torch.bfloat16 if is_bfloat16(model.student) else torch.float32)
         self._pending: list[float] = []
