@@ -45,7 +45,7 @@ def test_it_ends_with_its_starter_and_another_goes_on(teacher_directory: Path, t
     }
     folder = tmp_path / "row"
     asked = job(folder, teacher_directory, text_file, "onebit", base)
-    command = [sys.executable, "-m", "bimos.comparison.work", str(folder / "job.json"), "make", "evaluate"]
+    command = [sys.executable, "-m", "bimos.comparison", str(folder / "job.json"), "make", "evaluate"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     assert process.stdin is not None
     begun = folder / "model" / "work" / "run.json"

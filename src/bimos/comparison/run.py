@@ -151,7 +151,7 @@ def _in_a_process(job: Job, steps: list[str]) -> None:
     """Ends with this process: its standard input closes then."""
     error = Path(job.folder) / "error.txt"
     error.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "bimos.comparison.work", str(Path(job.folder) / "job.json"), *steps]
+    command = [sys.executable, "-m", "bimos.comparison", str(Path(job.folder) / "job.json"), *steps]
     reading, writing = os.pipe()
     try:
         code = subprocess.run(command, stdin=reading).returncode

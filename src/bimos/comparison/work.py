@@ -1,6 +1,6 @@
 """One row of a comparison, in a process of its own: no row works in memory that another has left behind.
 
-    python -m bimos.comparison.work JOB.json make evaluate
+    python -m bimos.comparison JOB.json make evaluate
 
 Every step leaves its result in the row's folder and does nothing where that is there already; `make` goes on with a run that was killed,
 `evaluate` with the next text or task. The process ends with the one that started it, however that ended: it watches its standard input.
@@ -170,18 +170,13 @@ def _end_with_starter() -> None:
 
 
 def main() -> None:
-    from bimos.cli.group import console, quiet
+    from bimos.cli.group import console
 
     path, *steps = sys.argv[1:]
     job = Job(**json.loads(Path(path).read_text(encoding="utf-8")))
     _end_with_starter()
-    quiet()
     try:
         work(job, steps, console(Path("-")))  # on stderr: stdout is for the JSON of the command
     except BimosError as error:
         write_text(Path(job.folder) / "error.txt", str(error))
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""lm_eval's view of a model that is loaded: requests in batches of like volume, and their tokens kept between runs."""
+"""lm_eval's view of a model that is loaded: shared prefixes read once, batches of like volume, and tokens kept between runs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
 
+from bimos.evaluation.prefixes import Answer, Scorer
+from bimos.evaluation.prefixes import Request as Scored
 from bimos.evaluation.versions import write_text
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # context and continuation as text, and the tokens of each
 
 
 class Harness(HFLM):
-    """As lm_eval's own, which sorts requests by length; but for how many of them go through the model at once.
+    """As lm_eval's own, but for what goes through the model at once: trees of requests where it can read them, else like many tokens.
 
     Args:
         batch_tokens: of a batch, padding included: few long requests or many short ones, so that memory and speed stay the same.
@@ -32,6 +35,7 @@ class Harness(HFLM):
         self._batch_tokens, self._cache = batch_tokens, cache
         self._known: dict[str, list[list[int]]] = {}
         self._sizes: tuple[Any, list[int]] = (None, [])  # the requests, and for each how many share its batch
+        self._scorer = Scorer(model, batch_tokens)
 
     @contextmanager
     def remembering(self, task: str) -> Iterator[None]:
@@ -55,6 +59,17 @@ class Harness(HFLM):
             self._known[key] = list(super()._encode_pair(context, continuation))
         first, second = self._known[key]
         return first, second
+
+    def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None) -> list[Answer]:
+        scored = [Scored((context + target)[-(self.max_length + 1) : -1], target) for _, context, target in requests]
+        if not self._scorer.covers(max((len(request.tokens) for request in scored), default=0)):
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
+            answers = self._scorer(scored, bar.update)
+        for (text, _, _), answer in zip(requests, answers, strict=True):
+            if text is not None:
+                self.cache_hook.add_partial("loglikelihood", text, answer)
+        return answers
 
     def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Request]) -> int:
         """How many requests are in the batch of request `pos`; they come sorted, the longest first."""
