@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import bimos.methods
 from bimos import BimosError
 from bimos.methods import InputStatistics, MethodConfig, TrainableLinear, available_methods, method_config
+from bimos.methods.ste import SharedSigns
 from bimos.models import convertible_linears, load_model
 from bimos.packing.checkpoint import save_packed
 from bimos.packing.format import pack_signs, unpack_signs
@@ -175,6 +176,18 @@ def test_gradients_reach_every_parameter(name: str, options: dict[str, Any], bia
     for key, tensor in [("x", x), *layer.named_parameters()]:
         assert tensor.grad is not None and torch.isfinite(tensor.grad).all(), key
         assert tensor.grad.any(dim=-1).all(), key  # in every row of it
+
+
+@over_methods
+def test_planes_say_how_they_are_multiplied(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bimos.methods.ste.tables_pay", lambda latent, _: latent.dim() == 2)
+    layer = started(method_config(name, options), 64, 48, False)
+    planes = layer.sign_planes()
+    with SharedSigns(planes, torch.float32):
+        shared = [plane.latent.shared_signs[plane.plane] for plane in planes]  # type: ignore[attr-defined]
+        layer(torch.randn(3, 64)).sum().backward()
+        for plane, signs in zip(planes, shared, strict=True):
+            assert plane.as_values == (signs.tiles is None) == signs._is_written
 
 
 @over_methods

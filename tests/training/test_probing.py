@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bimos.kernels import native
 from bimos.methods import available_methods, method_config
 from bimos.training.probing import kept_by
 
@@ -29,3 +30,20 @@ def test_a_weight_that_is_made_counts_for_every_lane() -> None:
     kept = kept_by(method_config("dbllm"), torch.float32)
     assert kept.of_weight == pytest.approx(4, abs=0.01) and kept.planes == 0
     assert kept.bytes_a_token(256, 512) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "values"),
+    [
+        ("sign", {}, 0),
+        ("sign", {"group_size": 64}, 1),
+        ("binarymos", {"planes": 2}, 0),
+        ("binarymos", {"planes": 2, "group_size": 64}, 2),
+        ("billm", {}, 1),
+        ("dbllm", {}, 0),
+    ],
+)
+def test_signs_that_are_multiplied_as_values_count_as_such(name: str, options: dict[str, int], values: int) -> None:
+    kept = kept_by(method_config(name, options), torch.float32)
+    by_tables = 1 if native.pays(torch.float32) else 4
+    assert kept.of_signs == 4 * values + by_tables * (kept.planes - values)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from bimos.errors import BimosError
 from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, bias_layout, plane_layout, register
 from bimos.methods.compensation import signs_of, statistics_factor, sweep
-from bimos.methods.ste import compute_dtype, sign_ste
+from bimos.methods.planes import SignPlane
+from bimos.methods.ste import compute_dtype, sign_linear
 from bimos.packing.format import pack_signs
 
 LARGEST = 127
@@ -86,7 +87,7 @@ class PBLLMLinear(TrainableLinear):
         step = self.scale_salient[self.salient.nonzero()[:, 0]]
         within = self.residual.detach().abs() <= LARGEST * step.detach()
         sparse = step * codes_of(self.residual.detach(), step.detach()) + (self.residual - self.residual.detach()) * within
-        y = F.linear(x, sign_ste(self.weight, x)) * self.scale.to(x.dtype)
+        y = sign_linear(x, self.weight) * self.scale.to(x.dtype)
         y = y + F.linear(x, torch.zeros_like(self.weight).masked_scatter(self.salient, sparse).to(x.dtype))
         return self.plus_bias(y)
 
@@ -102,6 +103,9 @@ class PBLLMLinear(TrainableLinear):
             "sparse_code": codes.to(torch.int8),
             "sparse_scale": self.scale_salient.detach().half(),
         } | self.packed_bias()
+
+    def sign_planes(self) -> list[SignPlane]:
+        return [SignPlane(self.weight)]
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
         return self.by_role(latent=[self.weight, self.residual], scale=[self.scale, self.scale_salient])

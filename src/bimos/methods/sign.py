@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from bimos.errors import BimosError
 from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, bias_layout, plane_layout, register
-from bimos.methods.ste import compute_dtype, sign_ste
+from bimos.methods.planes import SignPlane
+from bimos.methods.ste import compute_dtype, sign_linear, sign_ste
 from bimos.packing.format import pack_signs
 
 
@@ -50,12 +51,11 @@ class SignLinear(TrainableLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(compute_dtype(x))
-        signs = sign_ste(self.weight, x)
         if self.config.group_size is None:
-            y = F.linear(x, signs)
-            y = y * self.scale.to(y.dtype)
-        else:
-            y = F.linear(x, (signs.unflatten(1, (-1, self.config.group_size)) * self.scale[..., None].to(signs.dtype)).flatten(1))
+            y = sign_linear(x, self.weight)
+            return self.plus_bias(y * self.scale.to(y.dtype))
+        signs = sign_ste(self.weight, x).unflatten(1, (-1, self.config.group_size))
+        y = F.linear(x, (signs * self.scale[..., None].to(signs.dtype)).flatten(1))
         return self.plus_bias(y)
 
     def pack(self) -> dict[str, Tensor]:
@@ -66,6 +66,9 @@ class SignLinear(TrainableLinear):
         else:
             tensors["scale_group"] = scale[None]
         return tensors | self.packed_bias()
+
+    def sign_planes(self) -> list[SignPlane]:
+        return [SignPlane(self.weight, as_values=self.config.group_size is not None)]
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
         return self.by_role(latent=[self.weight], scale=[self.scale])

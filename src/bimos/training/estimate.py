@@ -53,8 +53,8 @@ def peak_memory(model: nn.Module, config: RunConfig, processes: int = 1) -> dict
     # What is added to the residual stream is not kept, but what enters its linear is; of the others what leaves them. Two norms a block.
     around = sum(m.in_features if m.out_features == hidden else m.out_features for m in linears.values()) + 4 * hidden * len(blocks)
     kept = round(value * around + sum(layers.bytes_a_token(m.in_features, m.out_features) for m in linears.values()))  # bytes a token
-    # Values of signs and their gradient; or bits and their tiles, and a gradient of each plane beside the first, whose is the latent's.
-    signs = layers.planes * 2 * value if value == 2 else layers.planes + 4 * max(0, layers.planes - 1)
+    # Signs and their gradient; in float32 that of the first plane is the latent's.
+    signs = layers.of_signs + value * (layers.planes if value == 2 else max(0, layers.planes - 1))
     made = round(LANES * layers.of_weight)  # weights for the product, a lane
     tokens = config.blocks.tokens if config.blocks.enabled else 0
     if config.initialise.activation_aware:  # beside a batch

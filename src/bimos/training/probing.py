@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bimos.methods.base import InputStatistics, MethodConfig, TrainableLinear
-from bimos.methods.ste import SharedSigns
+from bimos.methods.ste import SharedSigns, tables_pay
 
 TOKENS, IN, OUT = 64, 256, 128  # of the smallest probe
 
@@ -22,6 +22,7 @@ class Kept:
         of_token: for a token.
         of_weight: for a weight, in every lane: a weight made for the product.
         planes: of signs, that lanes share, a weight.
+        of_signs: for a weight, of those planes: values, or bits and their tiles where products go by tables.
     """
 
     of_input: float
@@ -29,6 +30,7 @@ class Kept:
     of_token: float
     of_weight: float
     planes: int
+    of_signs: int
 
     def bytes_a_token(self, in_features: int, out_features: int) -> float:
         return self.of_input * in_features + self.of_output * out_features + self.of_token
@@ -42,8 +44,9 @@ def kept_by(method: MethodConfig, dtype: torch.dtype) -> Kept:
     of_input = (more[2 * IN, OUT] - small) / (TOKENS * IN)
     of_output = (more[IN, 2 * OUT] - small) / (TOKENS * OUT)
     of_token = small / TOKENS - of_input * IN - of_output * OUT
-    planes = len(_layer(method, IN, OUT).sign_planes())
-    return Kept(of_input, of_output, of_token, (once[IN, OUT] - small) / (IN * OUT), planes)
+    planes = _layer(method, IN, OUT).sign_planes()
+    of_signs = sum(1 if tables_pay(plane.latent, dtype) and not plane.as_values else dtype.itemsize for plane in planes)
+    return Kept(of_input, of_output, of_token, (once[IN, OUT] - small) / (IN * OUT), len(planes), of_signs)
 
 
 def _layer(method: MethodConfig, n_in: int, n_out: int) -> TrainableLinear:
