@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import claims
 from bimos.comparison import paired, table
 
 ROOT = Path(__file__).parents[1]
@@ -130,6 +131,8 @@ def document() -> str:
         for metric in ("acc", "acc_norm"):
             if lines := table.task_table(compared, metric):
                 parts += [f"Zero-shot, {metric}, %:", table.markdown(lines)]
+        if lines := claims.lines(compared):
+            parts += ["What is claimed of the methods, at this scale (`benchmarks/claims.py`):", table.markdown(lines)]
         if notes := table.notes(compared):
             parts.append("\n".join(f"- {note}" for note in notes))
         commits = sorted({str(row["commit"])[:12] for row in compared["rows"]})
@@ -147,7 +150,8 @@ def main() -> None:
     text = readme.read_text(encoding="utf-8")
     compared = [comparison(folder, values, ROOT) for folder, values in comparisons()]
     if compared:
-        compared.append(f"All rows, with zero-shot tasks where measured: [docs/results.md]({DOCUMENT.relative_to(ROOT).as_posix()}).")
+        place = DOCUMENT.relative_to(ROOT).as_posix()
+        compared.append(f"All rows, with zero-shot tasks where measured, and what becomes of the papers' claims: [{place}]({place}).")
     parts = [*compared, sizes(), kernels(), peers()]
     tables = "\n\n".join(part for part in parts if part)
     filled = MARKED.sub(lambda match: f"{match[1]}\n{tables}\n\n{match[2]}", text)

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -99,3 +100,16 @@ def test_benchmarks_import_what_is_there(path: Path) -> None:
                 if (error.name or "").startswith("bimos"):
                     raise
                 pytest.skip(f"{error.name} is not installed")
+
+
+def test_claims_hold_fail_or_cannot_be_told(tables: ModuleType) -> None:
+    losses = {"binarymos": [3.0, 4.0, 3.5], "onebit": [3.1, 4.12, 3.61], "billm": [3.1, 3.9, 3.5], "pbllm": [2.9, 3.88, 3.39]}
+    rows = [
+        {"row": name, "perplexity": {"text": {"text": "Text", "value": 10.0 * sum(found), "losses": found}}, "tasks": {}}
+        for name, found in losses.items()
+    ]
+    head, mixed, rounded = tables.claims.lines({"rows": rows})
+    assert head[1:] == ["times the perplexity on Text", "comes out"]
+    assert mixed[1:] == ["onebit 1.116 ± 0.006", "holds"]  # exp of the mean difference, 0.11
+    assert rounded[2] == "not told apart: 1 of 2, fails: 1 of 2"
+    assert tables.claims.lines({"rows": rows[1:]}) == []

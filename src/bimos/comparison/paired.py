@@ -35,12 +35,12 @@ def sentences(comparison: dict[str, Any]) -> list[str]:
         best = min(measured, key=lambda row: measured[row]["value"])
         alike = {row: entry for row, entry in measured.items() if len(entry["losses"]) == len(measured[best]["losses"])}
         found = {row: paired(entry["losses"], measured[best]["losses"]) for row, entry in alike.items() if row != best}
-        times = [f"{row} {_times(*ratio)}" for row, ratio in found.items() if ratio is not None]
-        if times:
-            said.append(f"{label}, window by window, times the perplexity of {best}: {', '.join(times)}.")
+        multiples = [f"{row} {times(*ratio)}" for row, ratio in found.items() if ratio is not None]
+        if multiples:
+            said.append(f"{label}, window by window, times the perplexity of {best}: {', '.join(multiples)}.")
     return said
 
 
-def _times(ratio: float, error: float) -> str:
+def times(ratio: float, error: float) -> str:
     """`1.024 ± 0.006`; a hundred and more without the error."""
     return significant(ratio) if ratio >= 100 else f"{ratio:.3f} ± {error:.3f}"

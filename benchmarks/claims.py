@@ -1,0 +1,72 @@
+"""What the papers claim of their methods, held against the rows of a comparison: for `tables.py`.
+
+A claim holds on a text where the other row's perplexity is higher, window by window, by more than two standard errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from bimos.comparison import paired, table
+from bimos.evaluation.formatting import DASH, is_number, significant
+
+TWO_BITS = ("rtn2", "gptq2", "hqq", "auto-round")
+LEVEL = "not told apart"
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """`better` is said to be better than every one of `others`; names of rows."""
+
+    said: str
+    better: str
+    others: tuple[str, ...]
+
+
+CLAIMS = (
+    Claim("Scales mixed per token are better than static ones (BinaryMoS)", "binarymos", ("onebit",)),
+    Claim("Distilled with mixed scales is better than rounding to about one bit (BinaryMoS)", "binarymos", ("billm", "pbllm")),
+    Claim("1.3 bits are better than 2-bit rounding (BinaryMoS)", "binarymos", TWO_BITS),
+    Claim("Two planes are better than 2-bit rounding at equal bits (DB-LLM)", "dbllm", TWO_BITS),
+    Claim("Two planes with mixed scales are better than `dbllm` (ours)", "binarymos:planes=2", ("dbllm",)),
+    Claim(
+        "The same with scales of groups, at equal bits (ours)",
+        "binarymos:planes=2:num_experts=2:group_size=128:blocks.lr_scale=4e-3",
+        ("dbllm",),
+    ),
+)
+
+
+def lines(comparison: dict[str, Any]) -> list[list[str]]:
+    """Header and a row for every claim whose rows are there; none where no claim can be checked."""
+    rows = {row["row"]: row for row in comparison["rows"]}
+    texts = table.texts(comparison)
+    found = [["claim", *(f"times the perplexity on {label}" for label in texts.values()), "comes out"]]
+    for claim in CLAIMS:
+        others = [other for other in claim.others if other in rows]
+        if claim.better in rows and others:
+            times = {name: {other: _times(rows[other], rows[claim.better], name) for other in others} for name in texts}
+            cells = [", ".join(f"{other} {said}" for other, (said, _) in of.items()) for of in times.values()]
+            found.append([claim.said, *cells, _verdict([verdict for of in times.values() for _, verdict in of.values()])])
+    return found if len(found) > 1 else []
+
+
+def _times(row: dict[str, Any], better: dict[str, Any], text: str) -> tuple[str, str]:
+    """How many times as high the perplexity of `row` is, in words, and whether that is more, less, or neither."""
+    first, second = (entry["perplexity"].get(text, {}) for entry in (row, better))
+    if not (is_number(first.get("value")) and is_number(second.get("value"))):
+        return DASH, LEVEL
+    ratio = paired.paired(first["losses"], second["losses"])
+    if ratio is None:  # of one window
+        return significant(first["value"] / second["value"]), LEVEL
+    value, error = ratio
+    if abs(value - 1) <= 2 * error:
+        return paired.times(value, error), LEVEL
+    return paired.times(value, error), "holds" if value > 1 else "fails"
+
+
+def _verdict(verdicts: list[str]) -> str:
+    """One for all rows and texts: what they agree on, or how many say what."""
+    kinds = {kind: verdicts.count(kind) for kind in ("holds", LEVEL, "fails") if kind in verdicts}
+    return next(iter(kinds)) if len(kinds) == 1 else ", ".join(f"{kind}: {count} of {len(verdicts)}" for kind, count in kinds.items())
