@@ -99,7 +99,9 @@ class TrainableLinear(nn.Module):
     Parameters are trained and kept in float32; what the start settles for good (which weights are salient, say) is a persistent buffer.
     """
 
-    uses_signs: ClassVar[bool] = True  # whether latents are used through `sign_ste`: their signs are then made once for both threads
+    uses_signs: ClassVar[bool] = (
+        True  # whether latents are used through `sign_linear` or `sign_ste`: their signs are then made once for both threads
+    )
 
     def __init__(self, in_features: int, out_features: int, bias: bool, config: Any) -> None:
         """Parameters of the right shapes; their values do not matter. The bias is made here, zero."""
@@ -144,7 +146,7 @@ class TrainableLinear(nn.Module):
         raise NotImplementedError
 
     def sign_planes(self) -> list[SignPlane]:
-        """The planes that `forward` takes from `sign_ste`."""
+        """The planes that `forward` multiplies by, with `sign_linear` if not said otherwise."""
         return [SignPlane(latent) for latent in self.roles()["latent"]] if self.uses_signs else []
 
     def experts(self) -> list[nn.Parameter]:
