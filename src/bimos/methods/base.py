@@ -99,9 +99,7 @@ class TrainableLinear(nn.Module):
     Parameters are trained and kept in float32; what the start settles for good (which weights are salient, say) is a persistent buffer.
     """
 
-    uses_signs: ClassVar[bool] = (
-        True  # whether latents are used through `sign_linear` or `sign_ste`: their signs are then made once for both threads
-    )
+    uses_signs: ClassVar[bool] = True  # whether latents are used as signs: those are made once for both threads
 
     def __init__(self, in_features: int, out_features: int, bias: bool, config: Any) -> None:
         """Parameters of the right shapes; their values do not matter. The bias is made here, zero."""
