@@ -1,4 +1,4 @@
-"""What the papers claim of their methods, held against the rows of a comparison: for `tables.py`.
+"""What the papers claim of their methods, and we of ours, held against the rows of a comparison: for `tables.py`.
 
 A claim holds on a text where the other row's perplexity is higher, window by window, by more than two standard errors.
 """
@@ -6,10 +6,11 @@ A claim holds on a text where the other row's perplexity is higher, window by wi
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from bimos.comparison import paired, table
-from bimos.evaluation.formatting import DASH, is_number, significant
+from bimos.evaluation.formatting import DASH
 
 TWO_BITS = ("rtn2", "gptq2", "hqq", "auto-round")
 LEVEL = "not told apart"
@@ -42,26 +43,28 @@ def lines(comparison: dict[str, Any]) -> list[list[str]]:
     """Header and a row for every claim whose rows are there; none where no claim can be checked."""
     rows = {row["row"]: row for row in comparison["rows"]}
     texts = table.texts(comparison)
-    found = [["claim", *(f"times the perplexity on {label}" for label in texts.values()), "comes out"]]
+    found = [["claim", *(f"{label}, times the perplexity of the better" for label in texts.values()), "comes out"]]
     for claim in CLAIMS:
         others = [other for other in claim.others if other in rows]
         if claim.better in rows and others:
-            times = {name: {other: _times(rows[other], rows[claim.better], name) for other in others} for name in texts}
-            cells = [", ".join(f"{other} {said}" for other, (said, _) in of.items()) for of in times.values()]
-            found.append([claim.said, *cells, _verdict([verdict for of in times.values() for _, verdict in of.values()])])
+            said = {name: {other: _times(rows[other], rows[claim.better], name) for other in others} for name in texts}
+            cells = [", ".join(f"{other} {times}" for other, (times, _) in of.items()) for of in said.values()]
+            verdicts = [verdict for of in said.values() for _, verdict in of.values() if verdict]
+            found.append([claim.said, *cells, _verdict(verdicts)])
     return found if len(found) > 1 else []
 
 
 def _times(row: dict[str, Any], better: dict[str, Any], text: str) -> tuple[str, str]:
-    """How many times as high the perplexity of `row` is, in words, and whether that is more, less, or neither."""
+    """How many times as high the perplexity of `row` is, in words, and what becomes of the claim; "" where it was not measured."""
     first, second = (entry["perplexity"].get(text, {}) for entry in (row, better))
-    if not (is_number(first.get("value")) and is_number(second.get("value"))):
-        return DASH, LEVEL
-    ratio = paired.paired(first["losses"], second["losses"])
-    if ratio is None:  # of one window
-        return significant(first["value"] / second["value"]), LEVEL
+    losses = [entry.get("losses") or [] for entry in (first, second)]
+    if not losses[0] or len(losses[0]) != len(losses[1]):
+        return DASH, ""
+    ratio = paired.paired(*losses)
+    if ratio is None:
+        return DASH, LEVEL  # of one window, or one row has no finite perplexity
     value, error = ratio
-    if abs(value - 1) <= 2 * error:
+    if abs(math.log(value)) <= 2 * error / value:
         return paired.times(value, error), LEVEL
     return paired.times(value, error), "holds" if value > 1 else "fails"
 
@@ -69,4 +72,6 @@ def _times(row: dict[str, Any], better: dict[str, Any], text: str) -> tuple[str,
 def _verdict(verdicts: list[str]) -> str:
     """One for all rows and texts: what they agree on, or how many say what."""
     kinds = {kind: verdicts.count(kind) for kind in ("holds", LEVEL, "fails") if kind in verdicts}
-    return next(iter(kinds)) if len(kinds) == 1 else ", ".join(f"{kind}: {count} of {len(verdicts)}" for kind, count in kinds.items())
+    if len(kinds) <= 1:
+        return next(iter(kinds), DASH)
+    return ", ".join(f"{kind}: {count} of {len(verdicts)}" for kind, count in kinds.items())

@@ -151,7 +151,7 @@ def main() -> None:
     compared = [comparison(folder, values, ROOT) for folder, values in comparisons()]
     if compared:
         place = DOCUMENT.relative_to(ROOT).as_posix()
-        compared.append(f"All rows, with zero-shot tasks where measured, and what becomes of the papers' claims: [{place}]({place}).")
+        compared.append(f"All rows, zero-shot tasks where measured, and what becomes of the papers' claims and ours: [{place}]({place}).")
     parts = [*compared, sizes(), kernels(), peers()]
     tables = "\n\n".join(part for part in parts if part)
     filled = MARKED.sub(lambda match: f"{match[1]}\n{tables}\n\n{match[2]}", text)

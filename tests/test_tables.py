@@ -12,6 +12,8 @@ from types import ModuleType
 
 import pytest
 
+from bimos.evaluation.formatting import DASH
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -109,7 +111,9 @@ def test_claims_hold_fail_or_cannot_be_told(tables: ModuleType) -> None:
         for name, found in losses.items()
     ]
     head, mixed, rounded = tables.claims.lines({"rows": rows})
-    assert head[1:] == ["times the perplexity on Text", "comes out"]
+    assert head[1:] == ["Text, times the perplexity of the better", "comes out"]
     assert mixed[1:] == ["onebit 1.116 ± 0.006", "holds"]  # exp of the mean difference, 0.11
     assert rounded[2] == "not told apart: 1 of 2, fails: 1 of 2"
     assert tables.claims.lines({"rows": rows[1:]}) == []
+    rows[1]["perplexity"]["text"]["losses"] = [3.0]  # other windows
+    assert tables.claims.lines({"rows": rows[:2]})[1][1:] == [f"onebit {DASH}", DASH]

@@ -41,7 +41,7 @@ def make_model() -> Callable[..., PreTrainedModel]:
     def make(architecture: str = "llama", **options: object) -> PreTrainedModel:
         torch.manual_seed(0)
         if architecture == "gemma2":
-            model = Gemma2ForCausalLM(Gemma2Config(**SHAPE, final_logit_softcapping=2.0, sliding_window=64, **options))
+            model = Gemma2ForCausalLM(Gemma2Config(**SHAPE, final_logit_softcapping=2.0, **({"sliding_window": 64} | options)))
         else:
             model = LlamaForCausalLM(LlamaConfig(**SHAPE, **options))
         with torch.no_grad():

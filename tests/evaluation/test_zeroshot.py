@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from bimos.errors import BimosError
+from bimos.evaluation.likelihoods import Scorer
 from bimos.evaluation.texts import data_directory
 from bimos.evaluation.zeroshot import ZEROSHOT6, _mean, zero_shot
-from bimos.lanes import Lanes
 
 pytest.importorskip("lm_eval")
 
@@ -117,20 +117,18 @@ def test_tokens_of_requests_are_kept(make_model, tokenizer, folder, tmp_path, mo
 
 @pytest.mark.parametrize("trees", [True, False])
 def test_batches_hold_like_many_tokens_and_results_do_not_depend_on_them(make_model, tokenizer, folder, trees, monkeypatch):
-    from bimos.evaluation.harness import Scorer
-
     model, shapes = make_model(), []
-    monkeypatch.setattr(Scorer, "covers", lambda *_: shapes.clear() or trees)
-    monkeypatch.setattr("bimos.evaluation.prefixes.Lanes", lambda rows, device: Lanes(1, device))
+    monkeypatch.setattr(Scorer, "reads", lambda *_: trees)
     hook = model.model.register_forward_pre_hook(lambda _, __, given: shapes.append(given["input_ids"].shape), with_kwargs=True)
     wide = zero_shot(model, tokenizer, ["tiny"], folder=folder, batch_tokens=10_000)["tiny"]
-    assert len(shapes) == 1
+    assert len(shapes) == 2 + 1  # of the head, and whether it is a plain one
     shapes.clear()
     narrow = zero_shot(model, tokenizer, ["tiny"], folder=folder, batch_tokens=60)["tiny"]
     hook.remove()
+    del shapes[:2]
     assert max(rows * length for rows, length in shapes) <= 60 and max(rows for rows, _ in shapes) > 1
     assert [length for _, length in shapes] == sorted((length for _, length in shapes), reverse=True)
-    assert sum(rows for rows, _ in shapes) == (5 if trees else 10)  # two choices of five documents
+    assert sum(rows for rows, _ in shapes) == (5 if trees else 9)  # two choices of five documents; one begins the other
     assert (wide["acc"], wide["acc_norm"]) == (narrow["acc"], narrow["acc_norm"])
     assert wide["seconds"] > 0
 

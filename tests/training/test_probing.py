@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bimos.kernels import native
 from bimos.methods import available_methods, method_config
 from bimos.training.probing import kept_by
 
@@ -43,7 +42,10 @@ def test_a_weight_that_is_made_counts_for_every_lane() -> None:
         ("dbllm", {}, 0),
     ],
 )
-def test_signs_that_are_multiplied_as_values_count_as_such(name: str, options: dict[str, int], values: int) -> None:
+def test_signs_that_are_multiplied_as_values_count_as_such(
+    name: str, options: dict[str, int], values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert kept_by(method_config(name, options), torch.float32).of_signs == 4 * kept_by(method_config(name, options), torch.float32).planes
+    monkeypatch.setattr("bimos.training.probing.tables_pay", lambda latent, _: latent.dim() == 2)
     kept = kept_by(method_config(name, options), torch.float32)
-    by_tables = 1 if native.pays(torch.float32) else 4
-    assert kept.of_signs == 4 * values + by_tables * (kept.planes - values)
+    assert kept.of_signs == 4 * values + (kept.planes - values)

@@ -1,29 +1,22 @@
-"""Log-likelihoods of continuations, with what they share read once.
+"""Requests with a common beginning as a tree of tokens, so that one row of a batch holds them all.
 
-The answers to a question begin with the same text. Requests that do so become a tree of tokens, which is one row of a batch: every
-token attends to its ancestors alone and has their number as its position, so that each path reads as if it stood by itself. Logits
-are computed only where a continuation is scored. Of the six tasks' tokens that leaves 56 %, and of their logits a fifth.
+The answers to a question begin with the same text. Every token attends to its ancestors alone and has their number as its position:
+each path reads as if it stood by itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from bimos.evaluation.perplexity import LOGIT_ELEMENTS, plain_head
-from bimos.lanes import Lanes
-
-Answer = tuple[float, bool]  # summed log-probability of a continuation, and whether greedy decoding would give it
 SHARED = 0.25  # of a request's tokens, at least, for it to join a tree: below, it would pay for attention to what it masks
-TOLERANCE = 0.03  # relative, of logits: rounding in 16 bits stays below; what ignores a mask or positions does not
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class Scored:
     """A continuation to be scored.
 
     Attributes:
@@ -34,6 +27,10 @@ class Request:
     tokens: list[int]
     targets: list[int]
 
+    def __post_init__(self) -> None:
+        if not 0 < len(self.targets) <= len(self.tokens):
+            raise ValueError(f"a continuation of {len(self.targets)} tokens behind {len(self.tokens)}: needs a context, and room for both")
+
 
 class Tree:
     """Tokens of requests, each shared prefix once.
@@ -41,16 +38,19 @@ class Tree:
     Attributes:
         tokens, positions: of every node.
         paths: for every request that was added the nodes of its tokens.
+        is_chain: no path turns off another.
     """
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.positions: list[int] = []
         self.paths: list[list[int]] = []
+        self.is_chain = True
 
     def add(self, tokens: list[int], shared: int) -> None:
         """A path whose first `shared` tokens are those of the path before it."""
         first, new = len(self.tokens), tokens[shared:]
+        self.is_chain = self.is_chain and (shared == first or not new)
         self.tokens += new
         self.positions += range(shared, len(tokens))
         self.paths.append([*(self.paths[-1][:shared] if shared else ()), *range(first, first + len(new))])
@@ -58,17 +58,21 @@ class Tree:
     def mask(self, size: int) -> Tensor:
         """Which nodes a node attends to, bool `[size, size]`; padding attends to itself, for something it must."""
         mask = torch.eye(size, dtype=torch.bool)
+        first = 0
         for path in self.paths:
-            nodes = torch.tensor(path)
-            mask[nodes.unsqueeze(1), nodes] |= torch.ones(len(path), len(path), dtype=torch.bool).tril()
+            last = path[-1] + 1
+            if last > first:  # nodes of its own, one behind the other
+                mask[first:last, path[: first - last]] = True
+                mask[first:last, first:last].logical_or_(torch.ones(last - first, last - first, dtype=torch.bool).tril())
+                first = last
         return mask
 
 
-def plant(requests: Sequence[Request], limit: int) -> list[tuple[Tree, list[int]]]:
+def plant(requests: Sequence[Scored], limit: int) -> list[tuple[Tree, list[int]]]:
     """Trees of all requests, the largest first, and for each of its paths which request that is.
 
     Args:
-        limit: nodes of a tree, where it has more than one path.
+        limit: nodes of a tree that is no chain.
     """
     trees: list[tuple[Tree, list[int]]] = []
     before: list[int] = []
@@ -76,7 +80,7 @@ def plant(requests: Sequence[Request], limit: int) -> list[tuple[Tree, list[int]
         tokens = requests[index].tokens
         shared = _common(before, tokens)
         before = tokens
-        if not trees or shared < SHARED * len(tokens) or len(trees[-1][0].tokens) + len(tokens) - shared > limit:
+        if not trees or not _belongs(tokens, shared, trees[-1][0], limit):
             trees.append((Tree(), []))
             shared = 0
         trees[-1][0].add(tokens, shared)
@@ -84,108 +88,11 @@ def plant(requests: Sequence[Request], limit: int) -> list[tuple[Tree, list[int]
     return sorted(trees, key=lambda tree: -len(tree[0].tokens))
 
 
-class Scorer:
-    """Scores requests with a model of transformers that is in evaluation mode.
-
-    Args:
-        batch_tokens: of a forward pass, padding included.
-    """
-
-    def __init__(self, model: Any, batch_tokens: int) -> None:
-        self.model, self.batch_tokens = model, batch_tokens
-        self.vocab = model.config.get_text_config().vocab_size
-        with torch.no_grad():
-            self.head = plain_head(model, torch.arange(min(4, self.vocab), device=model.device).unsqueeze(0))
-
-    def covers(self, longest: int) -> bool:
-        """Whether answers on trees are those on their paths, for requests of up to `longest` tokens.
-
-        Asked of the model instead of looked up by architecture. Only what a window of attention hides has to be looked up.
-        """
-        config = self.model.config.get_text_config()
-        for name in ("sliding_window", "attention_chunk_size"):
-            if longest > (getattr(config, name, None) or longest):
-                return False
-        generator = torch.Generator().manual_seed(0)
-        stem, *branches = (torch.randint(self.vocab, (length,), generator=generator).tolist() for length in (6, 9, 9, 5))
-        (tree, _), *others = plant([Request(stem + branch, branch) for branch in branches], 64)
-        assert not others
-        try:
-            with torch.no_grad():
-                seen = self._logits([tree], [path for path in tree.paths])
-                path = [self.model(input_ids=self._ids([tree.tokens[node] for node in path])).logits[0] for path in tree.paths]
-        except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):
-            return False  # a model that takes no masks or positions
-        alone = torch.cat(path).float()
-        return bool((seen.float() - alone).norm() <= TOLERANCE * alone.norm())
-
-    def __call__(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Answer]:
-        """An answer for every request, in order.
-
-        Args:
-            progress: called after every batch with the number of requests in it.
-        """
-        trees = plant(requests, self.batch_tokens)
-        batches: list[list[tuple[Tree, list[int]]]] = []
-        while trees:
-            count = max(1, self.batch_tokens // len(trees[0][0].tokens))
-            batches.append(trees[:count])
-            trees = trees[count:]
-        answers: dict[int, Answer] = {}
-
-        @torch.no_grad()
-        def score(batch: list[tuple[Tree, list[int]]]) -> dict[int, Answer]:
-            members = [index for _, indices in batch for index in indices]
-            return dict(zip(members, self._answers([tree for tree, _ in batch], [requests[index] for index in members]), strict=True))
-
-        with Lanes(len(batches), self.model.device) as lanes:
-            for first in range(0, len(batches), lanes.count):
-                for found in lanes.map(score, batches[first : first + lanes.count]):
-                    answers |= found
-                    if progress is not None:
-                        progress(len(found))
-        return [answers[index] for index in range(len(requests))]
-
-    def _answers(self, trees: list[Tree], requests: list[Request]) -> list[Answer]:
-        """Of the trees' paths, one after another; `requests` are theirs."""
-        paths = [path for tree in trees for path in tree.paths]
-        ends = [path[-len(request.targets) :] for path, request in zip(paths, requests, strict=True)]
-        rows = self._hidden(trees, ends)
-        targets = torch.tensor([target for request in requests for target in request.targets], device=rows.device)
-        chunk = max(1, LOGIT_ELEMENTS // self.vocab)
-        found, greedy = [], []
-        for part, target in zip(rows.split(chunk), targets.split(chunk), strict=True):
-            logits = (part if self.head is None else self.head(part)).float()  # rounded to bfloat16 their sums can tie
-            found.append(logits.log_softmax(-1).gather(1, target.unsqueeze(1)).squeeze(1))
-            greedy.append(logits.argmax(-1) == target)
-        sizes = [len(end) for end in ends]
-        sums = [float(part.sum()) for part in torch.cat(found).split(sizes)]
-        return list(zip(sums, [bool(part.all()) for part in torch.cat(greedy).split(sizes)], strict=True))
-
-    def _logits(self, trees: list[Tree], nodes: list[list[int]]) -> Tensor:
-        rows = self._hidden(trees, nodes)
-        return rows if self.head is None else self.head(rows)
-
-    def _hidden(self, trees: list[Tree], nodes: list[list[int]]) -> Tensor:
-        """What the head takes, or logits where it is not plain, at `nodes` of every path in turn: `[nodes, *]`."""
-        size = max(len(tree.tokens) for tree in trees)
-        ids = torch.tensor([tree.tokens + [0] * (size - len(tree.tokens)) for tree in trees])
-        positions = torch.tensor([tree.positions + [0] * (size - len(tree.tokens)) for tree in trees])
-        dtype = self.model.dtype
-        hidden = ~torch.stack([tree.mask(size) for tree in trees]).unsqueeze(1)
-        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
-        given = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
-        given = {name: tensor.to(self.model.device) for name, tensor in given.items()}
-        if self.head is None:
-            rows = self.model(**given, use_cache=False).logits
-        else:
-            rows = self.model.base_model(**given, use_cache=False).last_hidden_state
-        row = [number for number, tree in enumerate(trees) for _ in tree.paths]
-        flat = [number * size + node for number, path in zip(row, nodes, strict=True) for node in path]
-        return rows.flatten(0, 1)[torch.tensor(flat, device=rows.device)]
-
-    def _ids(self, tokens: list[int]) -> Tensor:
-        return torch.tensor([tokens], device=self.model.device)
+def _belongs(tokens: list[int], shared: int, tree: Tree, limit: int) -> bool:
+    """Whether a path of `tokens`, of which the first are those of the tree's last path, goes to that tree."""
+    if tree.is_chain and shared == len(tree.tokens):  # and stays one
+        return True
+    return shared >= SHARED * len(tokens) and len(tree.tokens) + len(tokens) - shared <= limit
 
 
 def _common(first: list[int], second: list[int]) -> int:

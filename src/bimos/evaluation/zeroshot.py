@@ -19,7 +19,7 @@ from bimos.errors import BimosError
 from bimos.evaluation.mode import evaluating
 from bimos.evaluation.taskfiles import local_tasks
 
-BATCH_TOKENS = 1024  # of a forward pass; their logits take 200 MB in float32 where there are 49,152 tokens to choose from
+BATCH_TOKENS = 1024  # of a forward pass, of which two run side by side on a CPU
 Scores = dict[str, float | int | None]
 ZEROSHOT6 = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge")
 GROUPS: dict[str, tuple[str, ...]] = {"zeroshot6": ZEROSHOT6, "lambada": ("lambada_openai",)}
@@ -42,7 +42,7 @@ def zero_shot(
         model: a causal language model of transformers.
         tasks: `zeroshot6`, `lambada`, or names of lm_eval tasks.
         limit: only the first so many documents a task.
-        batch_tokens: of a forward pass; requests are sorted by length, and as many go together as make up so many.
+        batch_tokens: of a forward pass: as many requests, sorted by length and with what they share once, as make up so many.
         folder: task files that win over lm_eval's own. None: `lm_eval_tasks` in the local data directory, if there.
         cache: folder in which the tokens of requests are kept for later runs with the same tokenizer.
         done: called after every task with its name and scores.

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from bimos.errors import BimosError
 from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, bias_layout, plane_layout, register
 from bimos.methods.compensation import carry_over, signs_of, statistics_factor
-from bimos.methods.planes import SignPlane
 from bimos.methods.ste import compute_dtype, sign_ste
 from bimos.packing.format import pack_signs
 from bimos.packing.groups import by_input, count_groups
@@ -109,9 +108,6 @@ class BiLLMLinear(TrainableLinear):
             "salient": pack_signs(self.salient.float() - 0.5),
             "scale_salient": self.scale_salient.detach().half(),
         } | self.packed_bias()
-
-    def sign_planes(self) -> list[SignPlane]:
-        return [SignPlane(self.weight, as_values=True)]
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
         return self.by_role(latent=[self.weight], scale=[self.scale, self.scale_salient])

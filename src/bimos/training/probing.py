@@ -1,4 +1,4 @@
-"""What a method's layers hold while they train: asked of a small one, for the methods do not say."""
+"""What a method's layers hold while they train: asked of a small one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOKENS, IN, OUT = 64, 256, 128  # of the smallest probe
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Bytes that autograd keeps of one linear beside its parameters, its input and its signs.
+    """Bytes of one linear: what autograd keeps beside its parameters and its input, and signs.
 
     Attributes:
         of_input, of_output: for a token and an input, and for a token and an output.
