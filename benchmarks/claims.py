@@ -12,7 +12,7 @@ from typing import Any
 from bimos.comparison import paired, table
 from bimos.evaluation.formatting import DASH
 
-TWO_BITS = ("rtn2", "gptq2", "hqq", "auto-round")
+TWO_BITS = ("rtn2", "gptq2", "hqq", "auto-round:iters=50")
 LEVEL = "not told apart"
 
 
