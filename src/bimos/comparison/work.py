@@ -1,6 +1,6 @@
 """One row of a comparison, in a process of its own: no row works in memory that another has left behind.
 
-    python -m bimos.comparison JOB.json make evaluate
+    python -m bimos.comparison JOB.json make evaluate      (`__main__.py`)
 
 Every step leaves its result in the row's folder and does nothing where that is there already; `make` goes on with a run that was killed,
 `evaluate` with the next text or task. The process ends with the one that started it, however that ended: it watches its standard input.
@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +24,7 @@ from bimos.errors import BimosError
 from bimos.evaluation.perplexity import perplexity
 from bimos.evaluation.speed import Runs, measure
 from bimos.evaluation.texts import load_text
-from bimos.evaluation.versions import provenance, write_json, write_text
+from bimos.evaluation.versions import provenance, write_json
 from bimos.evaluation.zeroshot import with_mean, zero_shot
 from bimos.models import convertible_linears, empty_model, load_config, load_teacher, load_to_measure, load_tokenizer
 from bimos.quantize import run
@@ -159,24 +156,3 @@ def _teacher(model: str) -> dict[str, Any]:
     parameters = sum(p.numel() for name, p in empty.named_parameters() if name not in empty.all_tied_weights_keys)
     sizes = {"total_bytes": 2 * parameters, "original_bytes": 2 * parameters, "compression": 1.0, "parameters": parameters}
     return {"model": model, "method": None, **sizes, "body_bits_per_weight": 16.0, "bits_per_parameter": 16.0, "stages": []}
-
-
-def _end_with_starter() -> None:
-    def watch() -> None:
-        os.read(0, 1)  # ends when nobody can write to it any more; not sys.stdin, whose lock would be held when this process ends
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def main() -> None:
-    from bimos.cli.group import console
-
-    path, *steps = sys.argv[1:]
-    job = Job(**json.loads(Path(path).read_text(encoding="utf-8")))
-    _end_with_starter()
-    try:
-        work(job, steps, console(Path("-")))  # on stderr: stdout is for the JSON of the command
-    except BimosError as error:
-        write_text(Path(job.folder) / "error.txt", str(error))
-        sys.exit(2)
