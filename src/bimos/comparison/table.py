@@ -101,15 +101,23 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (header, rule, *rows))
 
 
+def budget(comparison: dict[str, Any]) -> str:
+    """What every row was given, and on what: `A budget of 15 min of work a row, on 2 cores of a CPU (avx2)`."""
+    setting, rows = comparison["setting"], comparison["rows"]
+    given = f"{setting['minutes']:g} min of work" if setting["minutes"] is not None else f"{setting['tokens']:,} tokens distilled"
+    machines = sorted({f"{row['machine']['cores']} cores of {row['machine']['cpu']}" for row in rows})
+    levels = sorted({level for row in rows if (level := row["speed"]["runs_in"].partition(", ")[2])})
+    kernels = f" ({', '.join(levels)})" if levels else ""
+    where = f", on {' and '.join(machines)}{kernels}" if machines else ""
+    return f"A budget of {given} a row{where}"
+
+
 def conditions(comparison: dict[str, Any]) -> str:
     """What all rows have in common, in a sentence or two."""
     setting, rows = comparison["setting"], comparison["rows"]
-    budget = f"{setting['minutes']:g} min of work" if setting["minutes"] is not None else f"{setting['tokens']:,} tokens distilled"
     measured = {name: row["perplexity"][name] for row in rows for name in row["perplexity"]}
     windows = ", ".join(f"{entry['windows']} of {entry['text']}" for entry in measured.values())
     limit = f" Zero-shot: the first {setting['limit']} documents of each task." if setting["limit"] and tasks(comparison) else ""
-    machines = sorted({f"{row['machine']['cores']} cores of {row['machine']['cpu']}" for row in rows})
-    where = f", on {' and '.join(machines)}" if machines else ""
     context = ", ".join(sorted({str(entry["context"]) for entry in measured.values()}))
     evaluated = (
         f" Perplexity on windows of {context} tokens ({windows}), ± one standard error, in brackets times the teacher's."
@@ -119,7 +127,7 @@ def conditions(comparison: dict[str, Any]) -> str:
     threads = ", ".join(sorted({str(row["speed"]["threads"]) for row in rows}))
     means = " acc and acc_norm are means over the six zero-shot tasks." if "zeroshot6" in tasks(comparison) else ""
     return (
-        f"A budget of {budget} a row{where}, seed {setting['seed']}, embeddings in {setting['embedding_bits']} bits; "
+        f"{budget(comparison)}, seed {setting['seed']}, embeddings in {setting['embedding_bits']} bits; "
         f"text `{setting['data']}`. Bits: of the body a weight of the binarized linears, scales and all; of the model a parameter."
         f"{evaluated}{means}{limit} Peak memory is that of training; decoding is one sequence, threads: {threads}."
     )
