@@ -1,4 +1,10 @@
-"""The one error that a user is meant to read."""
+"""The one error that a user is meant to read, and the one of the machine that is told from all others."""
+
+from __future__ import annotations
+
+import errno
+
+DISK_FULL = "no space left on the device: make room and run again; what was saved before is intact"
 
 
 class BimosError(Exception):
@@ -6,3 +12,14 @@ class BimosError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether the disk is full; also where a library in another language reports it in words, or where it is another error's cause."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

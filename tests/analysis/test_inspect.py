@@ -17,6 +17,7 @@ from bimos.analysis.inspect import inspect
 from bimos.analysis.routing import observe, read_text
 from bimos.errors import BimosError
 from bimos.evaluation.texts import EvaluationText
+from tiny_models import CONFIGS
 
 TEXT = EvaluationText("t", "t", "The river is wide and slow, and in spring it covers the meadows.\nA ferry crosses.")
 
@@ -28,6 +29,14 @@ def routed(packed: Callable[..., Any], tokenizer: Any, tmp_path_factory: pytest.
     packed("llama", experts=3, planes=2, vocab_size=320, bos_token_id=0, eos_token_id=1).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+def test_gates_of_every_architecture(kind: str, packed: Callable[..., Any], tokenizer: Any) -> None:
+    routing = observe(packed(kind, experts=3, vocab_size=320), tokenizer, TEXT, 20)
+    assert routing.gates
+    for gate in routing.gates.values():
+        assert gate.shape == (20, 3) and torch.allclose(gate.sum(1), torch.ones(20))
 
 
 def test_gates_are_those_of_the_equation(packed: Callable[..., Any], tokenizer: Any) -> None:
@@ -81,8 +90,11 @@ def test_pictures_and_page(routed: Path, tmp_path: Path) -> None:
 def test_a_text_is_a_file_a_name_or_itself(text_file: Path) -> None:
     assert read_text("The river.").text == "The river."
     assert read_text(str(text_file)).text == text_file.read_text()
-    with pytest.raises(BimosError, match="no-such"):
-        read_text("no-such.txt")
+    for given in ("川は広くてゆっくり流れる", "~ is a tilde", "The river is wide. " * 40, "nul\0 here"):
+        assert read_text(given).text == given
+    for given in ("no-such.txt", "wikitext", "x" * 300, "no/such"):
+        with pytest.raises(BimosError, match=given[:7]):
+            read_text(given)
 
 
 @pytest.mark.parametrize("layer", ["q_proj", "layers.0.self_attn.z_proj"])
@@ -101,10 +113,12 @@ def test_models_without_routers_are_refused(packed: Callable[..., Any], tokenize
         inspect(teacher_directory, TEXT.text, tmp_path / "out")
 
 
-def compared(*rows: tuple[str, int | None, float]) -> dict[str, Any]:
+def compared(*rows: tuple[str, int | None, float], losses: bool = False) -> dict[str, Any]:
     entries = []
     for name, experts, value in rows:
-        measured = {"value": value, "stderr": 1.0, "windows": 2, "context": 64, "text": "WikiText-2"}
+        measured: dict[str, Any] = {"value": value, "stderr": 1.0, "windows": 2, "context": 64, "text": "WikiText-2"}
+        if losses:  # windows that differ by far more than rows do
+            measured["losses"] = [math.log(value) - 2.0, math.log(value) + 2.0 + (experts or 0) / 100]
         entries.append({"row": name, "perplexity": {"wikitext2": measured}} | ({} if experts is None else {"experts": experts}))
     return {"rows": entries}
 
@@ -119,9 +133,18 @@ def test_series_differ_in_experts_alone() -> None:
         ("binarymos:num_experts=1", 1, 60.0),
     ]
     series = by_experts(compared(*rows), "out")
-    assert series == {"WikiText-2": {"binarymos": [(1, 60.0, 1.0), (4, 50.0, 1.0), (8, 40.0, 1.0)]}}
+    assert series == {"WikiText-2": {"binarymos": [(1, 60.0, None), (4, 50.0, None), (8, 40.0, None)]}}
+    onebit = by_experts(compared(*rows[:-1]), "out")  # binarymos with one expert, by definition
+    assert onebit["WikiText-2"]["binarymos"][0] == (1, 90.0, None)
     with pytest.raises(BimosError, match="'out' has no two rows"):
         by_experts(compared(*rows[1:2], *rows[3:5]), "out")
+
+
+def test_errors_of_the_series_are_those_of_differences() -> None:
+    rows = compared(("binarymos:num_experts=1", 1, 60.0), ("binarymos", 4, 50.0), losses=True)
+    (_, value, error) = by_experts(rows, "out")["WikiText-2"]["binarymos"][1]
+    # Differences of the windows' losses: d and d + 0.03; their standard error is 0.015.
+    assert value == 50.0 and error == pytest.approx(50.0 * math.exp(0.015) * 0.015, rel=1e-6)
 
 
 def test_perplexity_against_experts_is_drawn(routed: Path, tmp_path: Path) -> None:
@@ -131,8 +154,20 @@ def test_perplexity_against_experts_is_drawn(routed: Path, tmp_path: Path) -> No
     setting = {"model": "m", "data": "d", "tokens": 1, "minutes": None, "seed": 0, "embedding_bits": 8}
     write_json(comparison / "setting.json", setting | {"windows": None, "tasks": False, "limit": None, "text_bytes": {}})
     for row in compared(("binarymos:num_experts=2", 2, 55.0), ("binarymos", 4, 50.0))["rows"]:
-        write_json(comparison / "rows" / f"{row['experts']}.json", row | {"config": {}})
+        write_json(comparison / "rows" / f"{row['experts']}.json", row | dict.fromkeys(("config", "tasks", "stages", "speed")))
     result = inspect(routed, TEXT.text, tmp_path / "out", tokens=16, comparison=comparison)
     assert result["pictures"][-1] == "experts.png" and (tmp_path / "out" / "experts.png").stat().st_size > 5000
     with pytest.raises(BimosError, match="holds no comparison"):
         inspect(routed, TEXT.text, tmp_path / "out", comparison=tmp_path)
+    write_json(comparison / "rows" / "4.json", {"config": {}})
+    with pytest.raises(BimosError, match=r"4\.json' is damaged"):
+        inspect(routed, TEXT.text, tmp_path / "out", comparison=comparison)
+
+
+def test_what_is_somebody_elses_stays(routed: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "index.html").write_text("mine")
+    for output, said in ((tmp_path / "mine", "is not empty"), (text_file, "is a file"), (text_file / "below", "Not a directory")):
+        with pytest.raises(BimosError, match=said):
+            inspect(routed, TEXT.text, output, tokens=8)
+    assert (tmp_path / "mine" / "index.html").read_text() == "mine"

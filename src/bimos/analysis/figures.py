@@ -89,7 +89,7 @@ def _block_starts(names: list[str]) -> dict[int, int]:
 
 
 def experts(series: dict[str, dict[str, list[Point]]]) -> bytes:
-    """Perplexity against the number of experts, a panel for every text; bars are one standard error."""
+    """Perplexity against the number of experts, a panel for every text; bars are the standard errors of `experts.py`."""
     figure, axes = _figure(4.6 * len(series), 3.6, 1, len(series))
     for axis, (label, lines) in zip(axes[0], series.items(), strict=True):
         counts = sorted({count for points in lines.values() for count, *_ in points})

@@ -9,7 +9,7 @@ from bimos.analysis import figures
 from bimos.analysis.experts import by_experts
 from bimos.analysis.routing import Routing, observe, read_text, routed_linears
 from bimos.comparison.run import read
-from bimos.errors import BimosError
+from bimos.errors import DISK_FULL, BimosError, disk_full
 from bimos.evaluation.pages import origin, picture, render
 from bimos.evaluation.versions import provenance, write_bytes, write_json, write_text
 from bimos.models import load_model, load_tokenizer
@@ -39,15 +39,15 @@ def inspect(
         (see `Routing.spread`); `kinds`: the same by the last part of the name, loads as `least_load` and `most_load`; `pictures`.
 
     Raises:
-        BimosError: no such model or text, a model without routers, a linear that is not there, or a comparison without two rows to draw.
+        BimosError: an output that holds something else, no such model or text, a model without routers, a linear that is not there,
+            or a comparison without two rows to draw.
     """
     output = Path(output).expanduser()
     if shown < 1:
         raise BimosError(f"--shown {shown}: must be at least 1")
     given = read_text(text)
     series = None if comparison is None else by_experts(read(Path(comparison).expanduser()), str(comparison))
-    if output.exists() and not output.is_dir():
-        raise BimosError(f"output '{output}' is a file; name a directory")
+    _check_place(output)
     loaded = load_model(model)
     routed_linears(loaded, str(model))
     routing = observe(loaded, load_tokenizer(model), given, tokens, str(model))
@@ -75,9 +75,18 @@ def inspect(
             write_bytes(output / f"{key}.png", data)
         write_json(output / "inspect.json", result)
         write_text(output / "index.html", _page(result, drawn))
-    except PermissionError as error:
-        raise BimosError(f"cannot write to '{output}': {error.strerror}; name another output directory") from None
+    except OSError as error:
+        reason = DISK_FULL if disk_full(error) else f"{error.strerror}; name another output directory"
+        raise BimosError(f"cannot write to '{output}': {reason}") from None
     return result
+
+
+def _check_place(output: Path) -> None:
+    """Raises BimosError: `output` is a file, or holds something that this has not written."""
+    if output.exists() and not output.is_dir():
+        raise BimosError(f"output '{output}' is a file; name a directory")
+    if output.is_dir() and not (output / "inspect.json").exists() and any(output.iterdir()):
+        raise BimosError(f"output directory '{output}' is not empty and holds nothing of bimos inspect; name another")
 
 
 def _facts(routing: Routing, name: str) -> dict[str, Any]:

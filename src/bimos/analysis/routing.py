@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
+import re
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from bimos.errors import BimosError
 from bimos.evaluation.mode import evaluating
 from bimos.evaluation.perplexity import cut_windows, maximum_context
-from bimos.evaluation.texts import EvaluationText, available_texts, load_text
+from bimos.evaluation.texts import EvaluationText, available_texts, is_file, load_text
 from bimos.packing.linear import PackedLinear
 
 
@@ -99,7 +99,8 @@ def observe(model: Any, tokenizer: Any, text: EvaluationText, tokens: int, sourc
 
     def note(name: str, router: Tensor) -> Any:
         def hook(module: Any, inputs: tuple[Tensor, ...]) -> None:
-            gates[name] = F.softmax(F.linear(inputs[0][0].float(), router.float()), dim=-1).cpu()
+            x = inputs[0].flatten(0, -2)  # one text; some architectures flatten tokens themselves
+            gates[name] = F.softmax(F.linear(x.float(), router.float()), dim=-1).cpu()
 
         return hook
 
@@ -115,8 +116,11 @@ def observe(model: Any, tokenizer: Any, text: EvaluationText, tokens: int, sourc
 
 
 def read_text(given: str) -> EvaluationText:
-    """`--text`: a file, a text known by name, or, with a space in it, the text itself. Raises BimosError: it is none of them."""
-    known = given in available_texts() or Path(given).expanduser().is_file()
-    if not known and any(letter.isspace() for letter in given.strip()):
-        return EvaluationText("text", "text", given)
-    return load_text(given)
+    """`--text`: a file, a text known by name, or else the text itself.
+
+    Raises:
+        BimosError: one word of ASCII that is neither a file nor a known name: more likely a slip in one of these than a text.
+    """
+    if given in available_texts() or is_file(given) or re.fullmatch(r"[!-~]*", given.strip()):
+        return load_text(given)
+    return EvaluationText("text", "text", given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import logging
@@ -16,12 +15,11 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from bimos.errors import BimosError
+from bimos.errors import DISK_FULL, BimosError, disk_full
 
 UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")  # of the click that typer brings
 
 CONTINUE = {"quantize": "; run again with --resume", "demo": "; run again to continue", "compare": "; run again to continue"}
-DISK_FULL = "no space left on the device: make room and run again; what was saved before is intact"
 
 
 class Commands(TyperGroup):
@@ -42,7 +40,7 @@ class Commands(TyperGroup):
             print(f"\ninterrupted{CONTINUE.get(ctx.invoked_subcommand, '')}", file=sys.stderr)
             raise typer.Exit(130) from error
         except Exception as error:
-            if _disk_full(error):
+            if disk_full(error):
                 raise _fail(DISK_FULL) from error
             raise
 
@@ -50,17 +48,6 @@ class Commands(TyperGroup):
 def _fail(message: str) -> typer.Exit:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return typer.Exit(2)
-
-
-def _disk_full(error: BaseException | None) -> bool:
-    """Also where a library in another language reports it in words, or where it is another error's cause."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def quiet() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -9,10 +10,22 @@ import threading
 from pathlib import Path
 
 from bimos.cli.group import console, quiet
-from bimos.errors import BimosError
+from bimos.errors import BimosError, disk_full
 
 
 def main() -> None:
+    """Exit code 2: what to mend is in `error.txt`; `ENOSPC`: the disk is full, and there may be no room to say it in a file."""
+    try:
+        _work()
+    except KeyboardInterrupt:
+        sys.exit(130)  # the same Ctrl-C has reached the starter, which says so
+    except Exception as error:
+        if not disk_full(error):
+            raise
+        sys.exit(errno.ENOSPC)
+
+
+def _work() -> None:
     quiet()  # before the libraries are imported
     from bimos.comparison.work import Job, work
     from bimos.evaluation.versions import write_text

@@ -9,11 +9,12 @@ DIR/comparison.json    all finished rows, DIR/pareto.svg and .png, DIR/index.htm
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from bimos.comparison.peers import Peer, row_config
 from bimos.comparison.rows import Row
 from bimos.comparison.setting import Setting, check_place, read_setting
 from bimos.comparison.work import Job
-from bimos.errors import BimosError
+from bimos.errors import DISK_FULL, BimosError
 from bimos.evaluation.texts import load_text
 from bimos.evaluation.versions import write_json
 from bimos.evaluation.zeroshot import check_tasks, expand
 from bimos.models import convertible_linears, empty_model, load_config
 from bimos.resume import flat
+
+ROW = frozenset({"row", "config", "perplexity", "tasks", "stages", "speed"})  # what is read of a finished one without asking
 
 Spawn = Callable[[Job, list[str]], None]
 
@@ -137,10 +140,10 @@ def _row_file(output: Path, row: Row) -> Path:
     return output / "rows" / f"{row.slug}.json"
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path, keys: Set[str] = ROW) -> dict[str, Any]:
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(known, dict) and "config" in known:
+        if isinstance(known, dict) and known.keys() >= keys:
             return known
     except (OSError, ValueError):
         pass
@@ -160,6 +163,8 @@ def _in_a_process(job: Job, steps: list[str]) -> None:
         os.close(writing)
     if code == 2 and error.exists():
         raise BimosError(error.read_text(encoding="utf-8"))
+    if code == errno.ENOSPC:
+        raise BimosError(DISK_FULL)
     if code:
         reason = "was killed (for want of memory?)" if code == -9 else f"ended with exit code {code}"
         raise BimosError(f"its process {reason}")
@@ -186,7 +191,7 @@ def _check_same(output: Path, folder: Path, row: Row) -> None:
     for path in (_row_file(output, row), folder / row.slug / "job.json"):
         if not path.exists():
             continue
-        known = _load(path)
+        known = _load(path, {"config"})
         before = flat(known["config"] or {})
         now = flat(json.loads(json.dumps(row.config.to_dict())) if row.config else {})
         options = {key for key in before.keys() ^ now.keys() if key.startswith("options.")}  # others are news of a version

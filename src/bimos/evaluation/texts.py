@@ -61,13 +61,21 @@ def load_text(name: str) -> EvaluationText:
     """
     if name in _BENCHMARKS:
         return _BENCHMARKS[name]()
-    path = Path(name).expanduser()
-    if path.is_file():
+    if is_file(name):
+        path = Path(name).expanduser()
         return EvaluationText(path.name, path.name, _require_text("\n\n".join(read_documents(path)), name))
     known = f"{', '.join(available_texts())}, or a path to a .txt, .jsonl or .parquet file"
-    if path.suffix or "/" in name:
+    if Path(name).suffix or "/" in name:
         raise BimosError(f"evaluation text '{name}' is not a file; known: {known}")
     raise BimosError(f"unknown evaluation text '{name}'; known: {known}")
+
+
+def is_file(name: str) -> bool:
+    """Whether any string, of whatever length and characters, is the path of a file."""
+    try:
+        return Path(name).expanduser().is_file()
+    except (OSError, RuntimeError, ValueError):  # too long for a name, no such home, a null character
+        return False
 
 
 def available_texts() -> list[str]:
