@@ -27,9 +27,14 @@ class Claim:
 
 CLAIMS = (
     Claim("Scales mixed per token are better than static ones (BinaryMoS)", "binarymos", ("onebit",)),
-    Claim("Distilled with mixed scales is better than rounding to about one bit (BinaryMoS)", "binarymos", ("billm", "pbllm")),
+    Claim("Four experts are better than two (BinaryMoS)", "binarymos", ("binarymos:num_experts=2",)),
+    Claim("Eight experts are better than four (BinaryMoS)", "binarymos:num_experts=8", ("binarymos",)),
+    Claim("Distilled with mixed scales is better than rounding with some weights kept wider (BinaryMoS)", "binarymos", ("billm", "pbllm")),
     Claim("1.3 bits are better than 2-bit rounding (BinaryMoS)", "binarymos", TWO_BITS),
     Claim("Two planes are better than 2-bit rounding at equal bits (DB-LLM)", "dbllm", TWO_BITS),
+    Claim("Errors made good by later columns are better than rounding to the nearest (GPTQ)", "gptq2", ("rtn2",)),
+    Claim("The same in groups of 128 (GPTQ)", "gptq2:group_size=128", ("rtn2:group_size=128",)),
+    Claim("Residual planes and salient columns are better than signs refit to calibration text (BiLLM)", "billm", ("sign:untrained",)),
     Claim("Two planes with mixed scales are better than `dbllm` (ours)", "binarymos:planes=2", ("dbllm",)),
     Claim(
         "The same with scales of groups, at equal bits (ours)",
@@ -50,7 +55,8 @@ def lines(comparison: dict[str, Any]) -> list[list[str]]:
             said = {name: {other: _times(rows[other], rows[claim.better], name) for other in others} for name in texts}
             cells = [", ".join(f"{other} {times}" for other, (times, _) in of.items()) for of in said.values()]
             verdicts = [verdict for of in said.values() for _, verdict in of.values() if verdict]
-            found.append([claim.said, *cells, _verdict(verdicts)])
+            bits = ", ".join(f"{name} {rows[name]['body_bits_per_weight']:.2f}" for name in (claim.better, *others))
+            found.append([f"{claim.said}; bits: {bits}", *cells, _verdict(verdicts)])
     return found if len(found) > 1 else []
 
 

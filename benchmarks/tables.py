@@ -23,7 +23,7 @@ from bimos.comparison import paired, table
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "results.md"
-ONLY_IN_DOCUMENT = ("model bits", "tokens", "peak memory")
+ONLY_IN_DOCUMENT = ("tokens", "peak memory")
 BITS, PEERS = "bits against perplexity", "tokens a second of every peer"
 MARKED = re.compile(r"(<!-- results:start -->\n).*?(<!-- results:end -->)", re.DOTALL)
 

@@ -190,6 +190,8 @@ def test_no_data(teacher_directory: Path, tmp_path: Path) -> None:
         (["--ppl", "wikitext9"], ["wikitext9", "wikitext2"]),
         (["--ppl", "missing.txt"], ["missing.txt"]),
         (["--limit", "5"], ["--tasks"]),
+        (["--windows", "0"], ["--windows 0"]),
+        (["--tasks", "zeroshot6", "--limit", "0"], ["--limit 0"]),
         (["--activation", "int4"], ["int4", "exact, int8"]),
         (["--activation", "int8"], ["packed"]),  # of a model that is not
         pytest.param(["--tasks", "no_such_task", "--limit", "1"], ["no_such_task"], marks=pytest.mark.slow),  # lm_eval reads its index

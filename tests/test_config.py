@@ -95,7 +95,7 @@ def test_paper_recipes_differ_in_the_method_alone() -> None:
         ({"tokens": -5}, ["-5 tokens"]),
         ({"minutes": -0.5}, ["-0.5 minutes"]),
         ({"minutes": 0}, ["0.0 minutes"]),
-        ({"minutes": float("nan")}, ["nan minutes"]),
+        ({"minutes": float("nan")}, ["minutes=nan"]),
         ({"tokens": 5, "minutes": 5}, ["not both"]),
         ({"sequence_length": 0}, ["sequence_length=0"]),
         ({"blocks": {"tokens": -1}}, ["blocks.tokens=-1"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bimos import stages
-from bimos.config import DEFAULT_MINUTES, RunConfig
+from bimos.config import DEFAULT_MINUTES, LossConfig, RunConfig
 from bimos.evaluation.perplexity import perplexity
+from bimos.evaluation.texts import load_text
 from bimos.methods import method_config
 from bimos.quantize import plan, run
 from bimos.resume import WORK
@@ -196,6 +198,35 @@ def test_stages_can_be_left_out(teacher_directory: Path, text_file: Path, tmp_pa
     assert run(teacher_directory, tmp_path / "distilled", wanted)["stages"][1]["tokens"] == 128
     blocks = run(teacher_directory, tmp_path / "blocks", config(text_file, distill={"enabled": False}))
     assert [stage["name"] for stage in blocks["stages"]] == ["blocks"]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "planes"),
+    [
+        ("dbllm", {"group_size": 16}, "scale_group_01"),
+        ("sign", {"group_size": 16}, "scale_group"),
+        ("binarymos", {"planes": 2, "num_experts": 2}, "scale_in"),
+        ("binarymos", {"planes": 2, "num_experts": 2, "group_size": 16}, "scale_group"),
+    ],
+)
+def test_all_stages_of_other_methods(
+    method: str, options: dict[str, Any], planes: str, teacher_directory: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Blocks, distillation, packing; and the loss of the run is the one that was asked for."""
+    wanted = config(text_file, method=method, options=options)
+    shown = [str(text_file)]
+    plain = run(teacher_directory, tmp_path / "plain", wanted, evaluate=shown)
+    deviating = run(teacher_directory, tmp_path / "dad", dataclasses.replace(wanted, loss=LossConfig(dad=True, dad_lambda=1.0)))
+    results = [plain, deviating]
+    first = [next(stage for stage in result["stages"] if stage["name"] == "distill")["loss_first"] for result in results]
+    assert first[1] > 1.05 * first[0]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    tensors = safetensors.torch.load_file(tmp_path / "plain" / "model.safetensors")
+    linear = "model.layers.1.mlp.up_proj"
+    assert f"{linear}.{planes}" in tensors and len(tensors[f"{linear}.weight"]) == len(loaded.get_submodule(linear).weight)
+    tokenizer = AutoTokenizer.from_pretrained(teacher_directory)
+    measured = perplexity(loaded, tokenizer, load_text(str(text_file))).value
+    assert plain["perplexity"][str(text_file)]["value"] == pytest.approx(measured, rel=1e-2)  # in bfloat16, or in float32
 
 
 @pytest.mark.parametrize("method", ["rtn2", "gptq2", "billm", "pbllm"])

@@ -91,7 +91,7 @@ def test_comparisons_fill_both_documents(tables: ModuleType, monkeypatch: pytest
     monkeypatch.setattr(sys, "argv", ["tables.py"])
     tables.main()
     readme = (tmp_path / "README.md").read_text()
-    assert "| binarymos:num_experts=2 | 1.125 | 45.0 MB | 123 ± 1.5 | 1.5 | 512 (engine) |" in readme
+    assert "| binarymos:num_experts=2 | 1.125 | 2.500 | 45.0 MB | 123 ± 1.5 | 1.5 | 512 (engine) |" in readme
     assert "](benchmarks/results/compare-small/pareto.svg)" in readme
     (folder / "comparison.json").write_text(json.dumps({"setting": setting, "rows": [row | {"body_bits_per_weight": 1.5}]}))
     assert "run benchmarks/tables.py" in str(check(tables, monkeypatch))
@@ -115,11 +115,14 @@ def test_claims_hold_fail_or_cannot_be_told(tables: ModuleType) -> None:
     losses = {"binarymos": [3.0, 4.0, 3.5], "onebit": [3.1, 4.12, 3.61], "billm": [3.1, 3.9, 3.5], "pbllm": [2.9, 3.88, 3.39]}
     rows = [
         {"row": name, "perplexity": {"text": {"text": "Text", "value": 10.0 * sum(found), "losses": found}}, "tasks": {}}
+        | {"body_bits_per_weight": 1.25}
         for name, found in losses.items()
     ]
+    rows[2]["body_bits_per_weight"] = 2.5
     head, mixed, rounded = tables.claims.lines({"rows": rows})
     assert head[1:] == ["Text, times the perplexity of the better", "comes out"]
     assert mixed[1:] == ["onebit 1.116 ± 0.006", "holds"]  # exp of the mean difference, 0.11
+    assert rounded[0].endswith("; bits: binarymos 1.25, billm 2.50, pbllm 1.25")
     assert rounded[2] == "not told apart: 1 of 2, fails: 1 of 2"
     assert tables.claims.lines({"rows": rows[1:]}) == []
     rows[1]["perplexity"]["text"]["losses"] = [3.0]  # other windows

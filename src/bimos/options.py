@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any, Literal
@@ -50,9 +51,9 @@ def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
     elif not isinstance(value, bool):  # int or float; YAML 1.1 reads 1e-3 as a string
         try:
             number = float(value)
-            if hint is float:
+            if hint is float and not math.isnan(number):
                 return number
-            if number == int(number):
+            if hint is int and number == int(number):
                 return int(number)
         except (TypeError, ValueError, OverflowError):
             pass

@@ -161,6 +161,17 @@ def test_a_damaged_row_is_named(compared: Compared, compare_tiny: Compare, tmp_p
     refused(compare_tiny, output, ("fp16.json", "damaged"))
 
 
+def test_another_text_of_the_same_name_is_refused(compared: Compared, compare_tiny: Compare, tmp_path: Path, text_file: Path) -> None:
+    output = copied(compared, tmp_path / "out")
+    other = tmp_path / "other" / text_file.name
+    other.parent.mkdir()
+    other.write_text(text_file.read_text()[100:])
+    refused(compare_tiny, output, ("rows/binarymos-num_experts=1.json", f"another '{text_file.name}'"), "sign", texts=[str(other)])
+    for path in (output / "rows").glob("*.json"):
+        path.unlink()  # measured, but never finished
+    refused(compare_tiny, output, ("evaluation.json", f"another '{text_file.name}'"), "sign", texts=[str(other)])
+
+
 def test_a_directory_in_use_is_refused(compared: Compared, compare_tiny: Compare, tmp_path: Path) -> None:
     output = copied(compared, tmp_path / "out")
     with FileLock(output / ".lock"):
@@ -169,6 +180,7 @@ def test_a_directory_in_use_is_refused(compared: Compared, compare_tiny: Compare
 
 def test_what_cannot_be_stored_or_measured_is_refused_before_any_work(compare_tiny: Compare, tmp_path: Path) -> None:
     refused(compare_tiny, tmp_path / "out", ("row 'sign'", "nothing_proj"), "fp16", "sign", base={"skip": ["nothing_proj"]})
+    refused(compare_tiny, tmp_path / "out", ("row 'sign'", "sequence_length=4096"), "fp16", "sign", base={"sequence_length": 4096})
     refused(compare_tiny, tmp_path / "out", ("no-such-text",), texts=["no-such-text"])
     assert not (tmp_path / "out").exists()
 

@@ -13,7 +13,7 @@ import pytest
 
 from bimos.comparison import paired, table
 from bimos.comparison.page import write_pages
-from bimos.comparison.pareto import frontier, points
+from bimos.comparison.pareto import draw, frontier, points
 
 Compared = tuple[dict[str, Any], Path]
 
@@ -125,6 +125,15 @@ def test_the_frontier_is_what_no_other_point_beats_in_both() -> None:
 
 def test_points_leave_out_the_teacher_and_what_has_no_number(comparison: dict[str, Any]) -> None:
     assert points(comparison, "wikitext2") == [("bad", 1.5, 300.0), ("good", 1.25, 150.0)]
+
+
+def test_what_failed_lies_on_the_upper_edge(comparison: dict[str, Any]) -> None:
+    svg = draw(comparison, "svg").decode()
+    assert "good" in svg and "(above)" not in svg
+    row = next(row for row in comparison["rows"] if row["row"] == "bad")
+    worse = row | {"row": "worse", "perplexity": {"wikitext2": row["perplexity"]["wikitext2"] | {"value": 31 * 150.0}}}
+    svg = draw({**comparison, "rows": [*comparison["rows"], worse]}, "svg").decode()
+    assert "worse (above)" in svg and "bad (above)" not in svg
 
 
 def test_pages_of_rows_with_and_without_numbers(comparison: dict[str, Any], tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import bimos.comparison.__main__ as process_of_a_row
 from bimos.comparison.rows import parse_rows
 from bimos.comparison.run import _in_a_process
 from bimos.comparison.work import Job, work
@@ -67,3 +71,34 @@ def test_what_is_wrong_comes_back_as_one_line(teacher_directory: Path, text_file
     with pytest.raises(BimosError, match="no-such-model"):
         _in_a_process(asked, ["make"])
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_ctrl_c_is_no_traceback(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    base = {"sequence_length": 32, "initialise": {"sequences": 4}, "blocks": {"tokens": 256, "epochs": 200, "batch_size": 4}}
+    folder = tmp_path / "row"
+    job(folder, teacher_directory, text_file, "onebit", base)
+    command = [sys.executable, "-m", "bimos.comparison", str(folder / "job.json"), "make"]
+    reading, writing = os.pipe()  # that somebody could write to, as long as the test lasts
+    process = subprocess.Popen(command, stdin=reading, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "model" / "work" / "run.json").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    os.close(reading)
+    os.close(writing)
+    assert process.returncode == 130 and "Traceback" not in said, said
+
+
+def test_a_full_disk_is_one_line(teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(process_of_a_row, "_work", full)
+    with pytest.raises(SystemExit) as ended:
+        process_of_a_row.main()
+    assert ended.value.code == errno.ENOSPC
+    asked = job(tmp_path / "row", teacher_directory, text_file, "onebit", {})
+    monkeypatch.setattr(subprocess, "run", lambda command, stdin: subprocess.CompletedProcess(command, errno.ENOSPC))
+    with pytest.raises(BimosError, match="no space left on the device"):
+        _in_a_process(asked, ["make"])

@@ -103,10 +103,7 @@ def test_bits_on_disk_are_the_formula(tmp_path: Path) -> None:
         bits = 8 * (len(content) - 8 - int.from_bytes(content[:8], "little"))
         blocks = math.ceil(m / k)
         assert bits == 2 * n * m + m + 64 * n * blocks
-        # The formula in use, less what is not stored: a third bit for salient weights, and three of seven scales.
-        c = int(layer.salient.sum())
-        assert bits == (n * (2 * m + c) + m + 112 * n * blocks) - n * c - 48 * n * blocks
-        assert c >= blocks
+        assert int(layer.salient.sum()) >= blocks
 
 
 def test_far_better_than_signs_on_correlated_inputs() -> None:

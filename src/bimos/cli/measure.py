@@ -41,7 +41,7 @@ def evaluate(
     from bimos.evaluation.perplexity import perplexity
     from bimos.evaluation.texts import load_text
     from bimos.evaluation.versions import provenance
-    from bimos.evaluation.zeroshot import zero_shot
+    from bimos.evaluation.zeroshot import check_tasks, expand, zero_shot
     from bimos.models import load_to_measure, load_tokenizer
     from bimos.packing.linear import set_activation
 
@@ -49,6 +49,12 @@ def evaluate(
         raise BimosError("--limit is about tasks: give --tasks too, or --windows for perplexity")
     if tasks and find_spec("lm_eval") is None:
         raise BimosError("zero-shot tasks need lm_eval; install it with: pip install 'bimos[eval]'")
+    for name, number in (("limit", limit), ("windows", windows)):
+        if number is not None and number < 1:
+            raise BimosError(f"--{name} {number}: must be at least 1")
+    names = show.split(tasks)
+    if names:
+        check_tasks(expand(names))
     texts = [load_text(name) for name in show.split(ppl or (None if tasks else "wikitext2"))]  # before the model: it may be missing
     started = time.monotonic()
     loaded, tokenizer = load_to_measure(model), load_tokenizer(model)
@@ -67,8 +73,8 @@ def evaluate(
                 ),  # type: ignore[misc]
             )
             result["perplexity"][text.name] = measured.to_dict()
-    if tasks:
-        result["tasks"] = zero_shot(loaded, tokenizer, show.split(tasks), limit=limit)
+    if names:
+        result["tasks"] = zero_shot(loaded, tokenizer, names, limit=limit)
     result |= provenance() | {"seconds": time.monotonic() - started}
     show.perplexities(out, result)
     show.tasks(out, result)

@@ -79,9 +79,10 @@ def tasks(out: Console, result: dict[str, Any]) -> None:
     """The key `tasks` of a result, if there is one; accuracies in percent."""
     if not result.get("tasks"):
         return
-    table = _table("task", "acc", "acc_norm", "±", "n", "time", numbers=5)
+    table = _table("task", "acc", "±", "acc_norm", "±", "n", "time", numbers=6)
     for name, score in result["tasks"].items():
-        shares = [f"{100 * score[key]:.1f}" if score.get(key) is not None else "" for key in ("acc", "acc_norm", "stderr")]
+        keys = ("acc", "stderr", "acc_norm", "acc_norm_stderr")
+        shares = [f"{100 * score[key]:.1f}" if score.get(key) is not None else "" for key in keys]
         table.add_row(name, *shares, str(score.get("n", "")), duration(score.get("seconds")))
     out.print(table)
 

@@ -195,7 +195,7 @@ def run(model: str | Path, output: Path, config: RunConfig) -> None:
         student.set_submodule(name, packed(codes, linears[name].bias, peer.group_size))
     seconds, tokens = time.monotonic() - began, 0 if windows is None else windows.numel()
     stages = [{"name": "library", "tokens": tokens, "seconds": seconds, "peak_memory_bytes": peak_bytes()}]
-    pack_model(student, method=peer.name, options=peer.to_dict(), embedding_bits=config.embedding_bits)
+    pack_model(student, method=peer.name, options=peer.to_dict(), embedding_bits=config.embedding_bits, dtype=torch.bfloat16)
     save_packed(student, tokenizer, output, overwrite=True, card={"base_model": str(model)})
     own = {
         "library": peer.package,

@@ -27,11 +27,12 @@ from bimos.comparison.rows import Row
 from bimos.comparison.setting import Setting, check_place, read_setting
 from bimos.comparison.work import Job
 from bimos.errors import DISK_FULL, BimosError
-from bimos.evaluation.texts import load_text
+from bimos.evaluation.texts import EvaluationText, load_text
 from bimos.evaluation.versions import write_json
 from bimos.evaluation.zeroshot import check_tasks, expand
 from bimos.models import convertible_linears, empty_model, load_config
 from bimos.resume import flat
+from bimos.settling import check_fit
 
 ROW = frozenset({"row", "config", "perplexity", "tasks", "stages", "speed"})  # what is read of a finished one without asking
 
@@ -68,7 +69,8 @@ def compare(
     output = Path(output).expanduser()
     folder = Path(work).expanduser() if work else output / "work"
     check_place(output)
-    given = {load_text(text).name: text for text in texts}
+    loaded = [load_text(text) for text in texts]
+    given = {text.name: source for text, source in zip(loaded, texts, strict=True)}
     if len(given) < len(texts):
         raise BimosError(f"two of the texts {', '.join(texts)} have one name; rename a file")
     names = expand(tasks) if tasks else []
@@ -89,6 +91,8 @@ def compare(
         setting = setting.settle(output)
         for row in rows:
             _check_same(output, folder, row)
+        for text in loaded:
+            _check_text(output, folder, text)
         for row in rows:
             job = Job(
                 *(setting.model, row.name, None if row.config is None else row.config.to_dict(), given, names),
@@ -171,19 +175,27 @@ def _in_a_process(job: Job, steps: list[str]) -> None:
 
 
 def _check_fit(rows: Sequence[Row], model: str, output: Path) -> None:
-    """Raises BimosError: a row whose method cannot store this model's linears, whose `skip` matches none, or whose library is missing."""
+    """Raises BimosError: an unfinished row that does not fit the model, or whose library is missing."""
     empty = empty_model(load_config(model))
     for row in rows:
         try:
-            linears = convertible_linears(empty, row.config.skip if row.config else ())
-            if row.config is not None:
+            if row.config is None:
+                convertible_linears(empty)
+            elif not _row_file(output, row).exists():
                 method = row_config(row.config)
-                if isinstance(method, Peer) and not _row_file(output, row).exists():
+                if isinstance(method, Peer):
                     method.require()
-                for linear in linears.values():
-                    method.packed_layout(linear.in_features, linear.out_features, linear.bias is not None)
+                check_fit(empty, method, row.config)
         except BimosError as error:
             raise BimosError(f"row '{row.name}': {error}") from None
+
+
+def _check_text(output: Path, folder: Path, text: EvaluationText) -> None:
+    """Raises BimosError: rows were measured on another text of this name."""
+    for path in [*sorted((output / "rows").glob("*.json")), *sorted(folder.glob("*/evaluation.json"))]:
+        digest = _load(path, {"perplexity"})["perplexity"].get(text.name, {}).get("text_digest", text.digest)
+        if digest != text.digest:
+            raise BimosError(f"'{path}' was measured on another '{text.name}'; give that, rename the file, or name another directory")
 
 
 def _check_same(output: Path, folder: Path, row: Row) -> None:

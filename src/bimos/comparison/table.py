@@ -142,7 +142,9 @@ def notes(comparison: dict[str, Any]) -> list[str]:
             whys.setdefault(row["speed"]["why"], []).append(row["row"])
     decoded = [f"Decoded by transformers: {', '.join(names)} ({why})." for why, names in whys.items()]
     said = {f"{entry['text']}: {entry['note']}." for row in rows for entry in row["perplexity"].values() if entry.get("note")}
-    return decoded + [_library(row) for row in rows if "peer" in row] + sorted(said)
+    untrained = [row["row"] for row in rows if row["stages"] and not any(s["tokens"] for s in row["stages"] if s["name"] != "library")]
+    rounded = [f"Not trained, and not held to the budget: {', '.join(untrained)}."] if untrained else []
+    return rounded + decoded + [_library(row) for row in rows if "peer" in row] + sorted(said)
 
 
 def _library(row: dict[str, Any]) -> str:

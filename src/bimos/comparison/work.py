@@ -101,7 +101,7 @@ def evaluate(job: Job, console: Console | None) -> None:
             measured = perplexity(
                 model, tokenizer, text, windows=job.windows, progress=lambda done, total, _: bar.set(done / total)
             ).to_dict()
-            known["perplexity"][name] = measured | {"seconds": time.monotonic() - began}
+            known["perplexity"][name] = measured | {"text_digest": text.digest, "seconds": time.monotonic() - began}
             write_json(path, known)
             bar.end()
             if console is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import os
 import zlib
@@ -36,6 +37,11 @@ class EvaluationText:
     label: str
     text: str
     max_tokens: int | None = None
+
+    @property
+    def digest(self) -> str:
+        """Of what is measured: two texts of one name are told apart by it."""
+        return hashlib.sha256(f"{self.max_tokens}\n{self.text}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def data_directory() -> Path | None:

@@ -95,6 +95,7 @@ def into_cells(fit: DualFit, group_size: int) -> Tensor:
 
 def _grouped(values: Tensor, group_size: int) -> Tensor:
     """`[..., in]` to `[..., groups, g]`, zeros where the last group has no inputs."""
+    group_size = min(group_size, values.shape[-1])
     groups = count_groups(values.shape[-1], group_size)
     missing = groups * group_size - values.shape[-1]
     return (F.pad(values, (0, missing)) if missing else values).unflatten(-1, (groups, group_size))

@@ -143,6 +143,7 @@ def lattice(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     Args:
         weight: float32 `[out, in]`.
     """
+    group_size = min(group_size, weight.shape[1])
     missing = -weight.shape[1] % group_size
     groups = F.pad(weight, (0, missing)).unflatten(1, (-1, group_size))  # 0 is within every group's range
     low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)

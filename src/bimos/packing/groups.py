@@ -79,10 +79,11 @@ def product_form(tensors: Mapping[str, Tensor | None]) -> tuple[Tensor | None, T
 
 def group_sums(x: Tensor, group_size: int) -> Tensor:
     """`[..., in]` to the sums over each group `[..., groups]`."""
+    group_size = min(group_size, x.shape[-1])  # nothing is padded to a group that is wider than all there is
     groups = count_groups(x.shape[-1], group_size)
     return F.pad(x, (0, groups * group_size - x.shape[-1])).unflatten(-1, (groups, group_size)).sum(-1)
 
 
 def by_input(values: Tensor, group_size: int, in_features: int) -> Tensor:
     """What groups have `[..., groups]`, for each of their inputs `[..., in]`."""
-    return values.repeat_interleave(group_size, dim=-1)[..., :in_features]
+    return values.repeat_interleave(min(group_size, in_features), dim=-1)[..., :in_features]
