@@ -44,6 +44,7 @@ def test_paper_recipe_to_the_letter(name: str) -> None:
     assert (distill.lr_latent, distill.lr_scale, distill.lr_router) == (2e-5, 2e-5, 2e-5)
     assert (distill.beta1, distill.beta2, distill.weight_decay) == (0.9, 0.999, 0.0)
     assert (distill.schedule, distill.warmup, distill.clip) == ("cosine", 0.03, 1 / 2048)
+    assert distill.epsilon == 1e-8 / 2048  # as small beside the gradients of a mean as theirs beside those of a sum
     assert (distill.batch_size, distill.accumulate, config.sequence_length) == (4, 1, 2048)
     assert (distill.hidden_weight, distill.relative_weight, distill.temperature, distill.teacher) == (10.0, 0.0, 1.0, "live")
     assert config.embedding_bits == 16 and config.minutes is None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel
 
 from bimos import BimosError
 from bimos.engine import Engine, refusal
+from bimos.engine.fit import SETTINGS, SETTINGS_AT_ONE
 from bimos.generation import Sampling, continue_text
 from bimos.kernels import native
 
@@ -106,7 +109,7 @@ def test_head_bits(bits: int, error: float, threads: int, options: dict[str, Any
     assert torch.equal(actual, expected) == (bits == 8 and bool(options))  # rows of 8 bits stay what they are
     sequence = torch.ops.bimos.engine_open(engine._id)
     for i, token in enumerate(ids):  # one by one, few rows a thread
-        torch.testing.assert_close(torch.ops.bimos.engine_read(engine._id, [token], [sequence], False)[0], actual[i], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(torch.ops.bimos.engine_read(engine._id, [token], [sequence], 1)[0], actual[i], rtol=1e-3, atol=1e-3)
 
 
 @over_cases
@@ -134,7 +137,7 @@ def test_a_cache_grows(bits: int, packed: Packed) -> None:
     whole = engine.logits(ids)  # room for all at once
     sequence = torch.ops.bimos.engine_open(engine._id)
     for i in range(0, 300, 3):
-        some = torch.ops.bimos.engine_read(engine._id, ids[i : i + 3], [sequence] * 3, True)
+        some = torch.ops.bimos.engine_read(engine._id, ids[i : i + 3], [sequence] * 3, 2)
         assert (some - whole[i : i + 3]).norm() < 1e-3 * some.norm()
 
 
@@ -151,7 +154,7 @@ def test_prompts_of_many_blocks(kind: str, options: dict[str, Any], bits: int, t
     def in_parts(*sizes: int) -> torch.Tensor:
         sequence, parts, start = torch.ops.bimos.engine_open(engine._id), [], 0
         for size in sizes:
-            parts.append(torch.ops.bimos.engine_read(engine._id, ids[start : start + size], [sequence] * size, True))
+            parts.append(torch.ops.bimos.engine_read(engine._id, ids[start : start + size], [sequence] * size, 2))
             start += size
         return torch.cat(parts)
 
@@ -159,7 +162,7 @@ def test_prompts_of_many_blocks(kind: str, options: dict[str, Any], bits: int, t
     for sizes in ((230,), (70, 160), (1, 64, 101, 64), (150, 3, 77)):
         assert (in_parts(*sizes) - few).norm() < 1e-3 * few.norm()
     first, second, third = (torch.ops.bimos.engine_open(engine._id) for _ in range(3))
-    together = torch.ops.bimos.engine_read(engine._id, ids[:90] + other + ids[:5], [first] * 90 + [second] * 47 + [third] * 5, True)
+    together = torch.ops.bimos.engine_read(engine._id, ids[:90] + other + ids[:5], [first] * 90 + [second] * 47 + [third] * 5, 2)
     assert (together[:90] - few[:90]).norm() < 1e-3 * few[:90].norm()
     assert (together[90:137] - engine.logits(other)).norm() < 1e-3 * together[90:137].norm()
     assert (together[137:] - few[:5]).norm() < 1e-3 * few[:5].norm()
@@ -167,7 +170,7 @@ def test_prompts_of_many_blocks(kind: str, options: dict[str, Any], bits: int, t
 
 @pytest.mark.parametrize("bits", [16, 8])
 def test_prompts_side_by_side_and_beginnings_that_are_shared(bits: int, packed: Packed) -> None:
-    model = packed("llama", num_hidden_layers=3)
+    model = packed("llama", num_hidden_layers=3, max_position_embeddings=512)
     long, other = text(40), text(9, 1)
     prompts = [long, long[:30] + other, other, long[:30] + other]
     alone = [[step[0] for step in Engine(model, threads=1, cache_bits=bits).tokens([prompt], GREEDY, stop=False)] for prompt in prompts]
@@ -186,6 +189,41 @@ def test_what_is_shared_is_not_read_again(packed: Packed, monkeypatch: pytest.Mo
     list(engine.tokens([text(40)], GREEDY, stop=False))
     list(engine.tokens([[*text(40)[:35], 7, 8]], GREEDY, stop=False))
     assert read == [39, 1]
+
+
+def test_a_text_that_begins_alike_does_not_take_over_what_is_kept_of_another(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(packed("llama", max_position_embeddings=256), threads=1)
+    read: list[int] = []
+    original = torch.ops.bimos.engine_read
+    monkeypatch.setattr(torch.ops.bimos, "engine_read", lambda e, ids, *rest: (read.append(len(ids)), original(e, ids, *rest))[1])
+    few = dataclasses.replace(GREEDY, max_new_tokens=2)
+    first, second = text(40), [text(40)[0], *text(30, 1)]
+    for prompt in (first, second, [*first, 7], [*second, 7]):
+        list(engine.tokens([prompt], few, stop=False))
+    assert read == [39, 29]  # the last token of a prompt is read by the step behind it, and kept like the others
+    assert len(engine._kept) == 2
+
+
+def test_what_is_kept_is_bounded(packed: Packed) -> None:
+    """By the tokens of one sequence of full length."""
+    engine = Engine(packed("llama"), threads=1)  # of 64 positions
+    list(engine.tokens([text(40, seed) for seed in range(4)], dataclasses.replace(GREEDY, max_new_tokens=2), stop=False))
+    assert len(engine._kept) == 1
+    list(engine.tokens([text(10, seed) for seed in range(4)], dataclasses.replace(GREEDY, max_new_tokens=2), stop=False))
+    assert len(engine._kept) == 4
+
+
+def test_an_error_gives_memory_back_and_an_interruption_keeps(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(packed("llama"), threads=1)
+    for error, kept in ((RuntimeError, 0), (KeyboardInterrupt, 1)):
+
+        def fail(*_: Any, error: type[BaseException] = error) -> None:
+            raise error
+
+        with monkeypatch.context() as patched, pytest.raises(error):
+            patched.setattr(torch.ops.bimos, "engine_next", fail)
+            list(engine.tokens([text(10)], GREEDY))
+        assert len(engine._kept) == kept
 
 
 def test_ends_at_the_end_of_the_text(packed: Packed) -> None:
@@ -250,7 +288,14 @@ def test_text_in_text_out(packed: Packed, tokenizer: Any) -> None:
     assert engine.generate(["The river", "A ferry"], GREEDY)[0] == whole
     assert streamed == continue_text(torch.nn.Module.float(model), tokenizer, "The river", GREEDY)
     assert whole.replace("\ufffd", "") == streamed.replace("\ufffd", "")  # bytes that form no character are shown piece by piece
-    assert isinstance("".join(engine.chat([{"role": "user", "content": "Hello"}], GREEDY)), str)
+    turns = [{"role": "user", "content": "Hello"}]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    answer = "".join(engine.chat(turns, GREEDY))
+    assert answer and answer == "".join(engine.stream(tokenizer(rendered, add_special_tokens=False)["input_ids"], GREEDY))
+    nameless = Engine(model, threads=1)
+    for call in (lambda: list(nameless.stream([5, 6])), lambda: nameless.chat(turns), lambda: nameless.generate("The river")):
+        with pytest.raises(BimosError, match="has no tokenizer"):
+            call()
 
 
 def test_bad_input(packed: Packed, tokenizer: Any) -> None:
@@ -264,7 +309,7 @@ def test_bad_input(packed: Packed, tokenizer: Any) -> None:
     with pytest.raises(BimosError, match="64 positions"):
         engine.logits(text(65))
     with pytest.raises(RuntimeError, match="not in the vocabulary"):  # of the op itself
-        torch.ops.bimos.engine_read(engine._id, [101], [torch.ops.bimos.engine_open(engine._id)], True)
+        torch.ops.bimos.engine_read(engine._id, [101], [torch.ops.bimos.engine_open(engine._id)], 2)
     with pytest.raises(BimosError, match="threads=0"):
         Engine(packed("llama"), threads=0)
     with pytest.raises(BimosError, match="--head-bits 3"):
@@ -317,8 +362,12 @@ def test_damaged_weights_are_told(packed: Packed) -> None:
 
 def test_generation_settings_that_it_does_not_have(packed: Packed) -> None:
     model = packed("llama")
-    model.generation_config.no_repeat_ngram_size = 3
-    assert "no_repeat_ngram_size" in str(refusal(model))
+    for setting in (*SETTINGS, *SETTINGS_AT_ONE):
+        setattr(model.generation_config, setting, 3)
+        assert setting in str(refusal(model))
+        for neutral in (None, 1) if setting in SETTINGS_AT_ONE else (None, 0):
+            setattr(model.generation_config, setting, neutral)
+            assert refusal(model) is None
 
 
 def test_two_engines_and_several_threads(packed: Packed) -> None:
@@ -342,6 +391,27 @@ def test_a_forked_process_is_told(packed: Packed) -> None:
         os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
     assert engine.logits(text(5)).isfinite().all()
+
+
+def test_an_engine_is_freed_in_a_forked_process(packed: Packed) -> None:
+    engine = Engine(packed("llama"), threads=4)
+    pid = os.fork()
+    if pid == 0:  # whose own threads take the places, and so the handles, of those that are not here
+        threads = [threading.Thread(target=time.sleep, args=(0.05,)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        del engine
+        for thread in threads:
+            thread.join()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_seeds_have_no_end(packed: Packed) -> None:
+    warm = dataclasses.replace(GREEDY, temperature=1.0, seed=2**63 - 1, max_new_tokens=2)
+    assert len(list(Engine(packed("llama"), threads=1).tokens([text(5), text(5)], warm, stop=False))) == 2
+    with pytest.raises(BimosError, match="--seed"):
+        dataclasses.replace(GREEDY, seed=2**63)
 
 
 def test_every_level(level: str, packed: Packed) -> None:

@@ -80,9 +80,11 @@ def test_the_oldest_turns_are_forgotten_when_the_context_is_full(model: Any, tok
 
 def test_a_message_longer_than_the_context_leaves_the_conversation_alone(model: Any, tokenizer: Any) -> None:
     conversation = Conversation(model, tokenizer, GREEDY)
+    turns = [{"role": role, "content": f"{role} {i}"} for i in range(2) for role in ("user", "assistant")]
+    conversation.turns += turns
     with pytest.raises(BimosError, match="has room for 248"):
         conversation.reply("wind and rain " * 200, lambda text: None)
-    assert conversation.turns == []
+    assert conversation.turns == turns
 
 
 def test_an_interrupted_answer_stays_in_the_conversation(model: Any, tokenizer: Any) -> None:

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor, nn
 
 from bimos import BimosError
+from bimos.methods import method_config
+from bimos.models import load_teacher
 from bimos.quantize import plan, run
 from bimos.resume import WORK
+from bimos.settling import check_fit
 from running import config, contents, refused, teacher_like
 
 
@@ -28,6 +32,7 @@ def test_no_model(name: str, text_file: Path, tmp_path: Path) -> None:
     [
         ({"method": "sine"}, "unknown method 'sine'.*binarymos"),
         ({"options": {"experts": 2}}, "no option 'experts'"),
+        ({"options": {1: 2}}, "no option '1'"),
         ({"options": {"num_experts": "two"}}, "num_experts='two'"),
         ({"data": ""}, "no training text.*--data"),
         ({"data": "no-such-file.txt"}, r"no-such-file\.txt"),
@@ -48,6 +53,26 @@ def test_text_without_text(teacher_directory: Path, text_file: Path, tmp_path: P
     assert not (tmp_path / "out").exists()
     refused("missing", teacher_directory, tmp_path / "out", config(text_file), evaluate=[str(tmp_path / "missing.txt")])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_another_model(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    fewer = teacher_like(teacher_directory, tmp_path / "fewer", **sizes)
+    refused(r"token 3\d\d, and the model's embedding has 300 rows", fewer, tmp_path / "out", config(text_file))
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_an_embedding_that_8_bits_cannot_store(teacher_directory: Path) -> None:
+    class Shifted(nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) + 1
+
+    teacher, _ = load_teacher(teacher_directory)
+    teacher.set_input_embeddings(Shifted(320, 64))
+    method = method_config("binarymos")
+    with pytest.raises(BimosError, match="Shifted cannot be stored in 8 bits"):
+        check_fit(teacher, method, config())
+    check_fit(teacher, method, config(embedding_bits=16))
 
 
 def test_linears_that_do_not_fill_bytes(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
+from bimos import stages
 from bimos.config import RunConfig
 from bimos.packing.checkpoint import save_packed as save_packed_itself
 from bimos.quantize import run
-from bimos.resume import WORK, remembered
+from bimos.resume import DONE, WORK, held, remembered
 from bimos.training.blockfiles import block_file
+from bimos.training.budget import Budget
 from bimos.training.student import load_tensors, save_tensors
 from running import config, contents, raising, refused, teacher_like
 
@@ -207,3 +211,65 @@ COMPLETE = '{"model": "m", "weights": "w", "evaluate": [], "config": %s}'
 def test_a_run_file_without_what_it_should_say(content: str, stopped: Path, teacher_directory: Path) -> None:
     (stopped / WORK / "run.json").write_text(content)
     refused(r"run\.json.*damaged.*--overwrite", teacher_directory, stopped, None, resume=True)
+
+
+def test_a_restart_does_not_move_the_end_of_a_budget_of_minutes(
+    teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float | None] = []
+
+    def noted(*arguments: Any, **options: Any) -> None:
+        limits.append(next(argument for argument in arguments if isinstance(argument, Budget)).seconds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "distill", noted)
+    for resume in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            run(teacher_directory, tmp_path / "out", None if resume else config(text_file, minutes=0.5), resume=resume)
+        time.sleep(0.05)  # the next process's text and blocks take another time
+    assert limits[0] == limits[1] is not None
+
+
+def test_blocks_that_are_done_are_not_gone_through_again(stopped: Path, teacher_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = json.loads((stopped / WORK / "run.json").read_text())
+    monkeypatch.setattr("bimos.training.blockwise.advance", raising(AssertionError("again")))
+    monkeypatch.setattr("bimos.training.blockwise.embed", raising(AssertionError("again")))
+    result = run(teacher_directory, stopped, None, resume=True)
+    blocks = result["stages"][0]
+    assert len(blocks["blocks"]) == 2 and blocks["tokens"] == 512 and blocks["seconds"] > 0 and blocks["loss_last"] > 0
+    assert result["config"] == before["config"]
+
+
+def test_a_kill_while_the_work_is_deleted(
+    teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, delete = tmp_path / "out", shutil.rmtree
+
+    def die(path: Path, *arguments: Any, **options: Any) -> None:
+        if Path(path).name == DONE and Path(path).exists():
+            (Path(path) / "run.json").unlink()
+            raise KeyboardInterrupt
+        delete(path, *arguments, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("shutil.rmtree", die)
+        run(teacher_directory, output, config(text_file, tokens=128))
+    assert (output / DONE).exists() and not (output / WORK).exists()
+    refused("the run there is finished", teacher_directory, output, None, resume=True)
+    assert not (output / DONE).exists()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):  # while the work of an earlier run gives way to another
+        patched.setattr(sys.modules["bimos.quantize"], "train", raising(KeyboardInterrupt()))
+        run(teacher_directory, output, config(text_file, tokens=128), overwrite=True)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("shutil.rmtree", die)
+        run(teacher_directory, output, config(text_file, tokens=256), overwrite=True)
+    assert run(teacher_directory, output, config(text_file, tokens=128), overwrite=True)["stages"][1]["tokens"] == 128
+
+
+def test_two_runs_do_not_work_in_one_place(stopped: Path, teacher_directory: Path, text_file: Path) -> None:
+    before = contents(stopped)
+    with held(stopped):
+        for options in ({"resume": True}, {"overwrite": True}, {}):
+            refused("another run works in", teacher_directory, stopped, config(text_file), **options)
+    assert contents(stopped) == before | {"work/.lock": b""}
+    assert run(teacher_directory, stopped, None, resume=True)["total_bytes"] > 0

@@ -15,7 +15,7 @@ struct Weights {
   Arena arena;
 };
 
-// Tensors and numbers are in the order in which bimos/engine.py puts them; `weights` must live as long as the model. Tensors may be
+// Tensors and numbers are in the order in which bimos/engine/weights.py puts them; `weights` must live as long as the model. Tensors may be
 // views of a mapped file: what every token needs is copied, but for the head where it is wanted `head_as_it_is`.
 Model load(std::vector<Tensor> tensors, std::vector<int64_t> numbers, double epsilon, double rope_scale, Team& team, Weights& weights,
            bool head_as_it_is);

@@ -59,7 +59,6 @@ class Sequence {
 
   maths::Cache keys(int64_t block, int64_t head) { return cache(keys_, block * key_heads_ + head); }
   maths::Cache values(int64_t block, int64_t head) { return cache(values_, block * key_heads_ + head); }
-  int64_t bytes() const { return static_cast<int64_t>(keys_.data.size() + values_.data.size() + 4 * (keys_.scale.size() + values_.scale.size())); }
 
  private:
   struct Store {

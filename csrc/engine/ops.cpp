@@ -1,4 +1,4 @@
-// The engine as ops: `bimos/engine.py` is their only caller.
+// The engine as ops: `bimos/engine/engine.py` is their only caller.
 #include <algorithm>
 #include <array>
 #include <map>
@@ -129,14 +129,18 @@ void read(Engine& engine, const std::vector<int64_t>& ids, const std::vector<int
   }
 }
 
-Tensor engine_read(int64_t id, std::vector<int64_t> ids, std::vector<int64_t> sequences, bool every) {
+// Logits of no token, of the last one of each sequence, or of every one: 0, 1, 2.
+enum Wanted : int64_t { kNone, kLast, kEvery };
+
+Tensor engine_read(int64_t id, std::vector<int64_t> ids, std::vector<int64_t> sequences, int64_t logits_of) {
+  STD_TORCH_CHECK(logits_of >= kNone && logits_of <= kEvery, "engine: logits of ", logits_of);
   const auto engine = find(id);
   const std::lock_guard<std::mutex> guard(engine->lock);
   const int64_t vocabulary = engine->reader->model().shape.vocabulary;
-  std::vector<bool> wanted(ids.size(), every);
+  std::vector<bool> wanted(ids.size(), logits_of == kEvery);
   std::map<int64_t, size_t> last;
   for (size_t i = 0; i < std::min(ids.size(), sequences.size()); ++i) last[sequences[i]] = i;
-  for (const auto& [sequence, i] : last) wanted[i] = true;
+  for (const auto& [sequence, i] : last) wanted[i] = logits_of != kNone;
   const auto count = static_cast<int64_t>(std::count(wanted.begin(), wanted.end(), true));
   const std::array<int64_t, 2> size{count, vocabulary};
   Tensor result = torch::stable::empty({size.data(), size.size()}, ScalarType::Float);
@@ -241,7 +245,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bimos, library) {
   library.def("engine_open(int engine) -> int");
   library.def("engine_close(int engine, int sequence) -> ()");
   library.def("engine_keep(int engine, int sequence, int source, int length) -> ()");
-  library.def("engine_read(int engine, int[] ids, int[] sequences, bool every) -> Tensor");
+  library.def("engine_read(int engine, int[] ids, int[] sequences, int logits_of) -> Tensor");
   library.def("engine_next(int engine, int[] ids, int[] sequences, float[] options, int top_k, int[] seeds) -> int[]");
   library.def("engine_squares(int engine, int[] ids) -> Tensor");
   library.def("engine_head(int engine, Tensor tiles, Tensor scale) -> ()");

@@ -7,13 +7,15 @@ namespace bimos {
 namespace {
 
 void penalize(float* logits, int64_t n, float penalty, const std::vector<int64_t>& seen) {
-  std::vector<int64_t> once(seen);
-  std::sort(once.begin(), once.end());
-  once.erase(std::unique(once.begin(), once.end()), once.end());
-  for (const int64_t id : once) {
-    if (id < 0 || id >= n) continue;
+  thread_local std::vector<uint8_t> done;  // by token; all 0 between calls
+  if (static_cast<int64_t>(done.size()) < n) done.resize(static_cast<size_t>(n));
+  for (const int64_t id : seen) {
+    if (id < 0 || id >= n || done[static_cast<size_t>(id)]) continue;
+    done[static_cast<size_t>(id)] = 1;
     logits[id] = logits[id] > 0 ? logits[id] / penalty : logits[id] * penalty;
   }
+  for (const int64_t id : seen)
+    if (id >= 0 && id < n) done[static_cast<size_t>(id)] = 0;
 }
 
 constexpr int64_t kStretch = 1024;  // logits whose largest is known, so that most of them are looked at once

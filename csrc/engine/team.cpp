@@ -43,7 +43,8 @@ Team::~Team() {
   if (alive()) {
     end();
   } else {
-    for (auto& thread : threads_) thread.detach();  // of another process: nobody to wait for
+    // Of another process: nobody to wait for, and their handles may by now be those of this one's threads. Left as they are.
+    new std::vector<std::thread>(std::move(threads_));
   }
 }
 

@@ -53,11 +53,23 @@ int main() {
       const int met = work.meetings.load();
       expect(thrower < 0 ? met == size * kMeetings : met <= size * at, where + ": " + std::to_string(met) + " passed meetings");
     }
-    try {  // several at once: one of them
-      team.run([](int rank, void*) { throw std::runtime_error(std::to_string(rank)); }, nullptr);
-      expect(false, "nothing was thrown");
-    } catch (const std::runtime_error& error) {
-      expect(std::stoi(error.what()) < size, "another error");
+    for (int thrower = 0; thrower < size; ++thrower) {  // what one rank throws is what the caller gets, while the others wait for it
+      struct Thrower {
+        bimos::Team& team;
+        int rank;
+      } one{team, thrower};
+      try {
+        team.run(
+            [](int rank, void* context) {
+              auto& which = *static_cast<Thrower*>(context);
+              if (rank == which.rank) throw std::runtime_error(std::to_string(rank));
+              which.team.meet();
+            },
+            &one);
+        expect(false, "nothing was thrown");
+      } catch (const std::runtime_error& error) {
+        expect(std::stoi(error.what()) == thrower, "another error");
+      }
     }
   }
   std::puts(failures == 0 ? "good" : "bad");

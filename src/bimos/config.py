@@ -59,6 +59,7 @@ class DistillConfig:
     train_norms: bool = True
     beta1: float = 0.9
     beta2: float = 0.95
+    epsilon: float = 1.0e-8  # of AdamW, beside the size of gradients of a loss that is a mean over tokens
     weight_decay: float = 0.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.1  # share of the stage
@@ -178,7 +179,8 @@ def decided(value: bool | None, trained: bool) -> bool:
 _POSITIVE = """sequence_length initialise.sequences blocks.tokens blocks.epochs blocks.batch_size
     distill.batch_size distill.accumulate distill.top_k distill.distinct_tokens distill.temperature"""
 _NOT_NEGATIVE = """blocks.lr_latent blocks.lr_scale blocks.lr_router distill.lr_latent distill.lr_scale distill.lr_router
-    distill.weight_decay distill.clip distill.hidden_weight distill.relative_weight distill.checkpoint_minutes loss.dad_lambda"""
+    distill.weight_decay distill.clip distill.hidden_weight distill.relative_weight distill.checkpoint_minutes loss.dad_lambda
+    distill.epsilon"""
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     _POSITIVE: ("positive", lambda value: value > 0),
     _NOT_NEGATIVE: ("0 or more", lambda value: value >= 0),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from bimos.packing.checkpoint import save_packed
 from bimos.packing.embedding import quantize_embeddings
 from bimos.packing.pack import pack_model
 from bimos.packing.sizes import size_report
-from bimos.resume import WORK
+from bimos.resume import WORK, discard
 from bimos.training.progress import Progress
 
 
@@ -78,8 +77,7 @@ def finish(
     for log in work.glob("distill/runs/*"):  # TensorBoard's
         (output / "runs").mkdir(exist_ok=True)
         log.replace(output / "runs" / log.name)
-    (work / "run.json").unlink(missing_ok=True)  # first: work without it is not taken for a run to resume
-    shutil.rmtree(work, ignore_errors=True)
+    discard(output)
     return result
 
 

@@ -44,6 +44,8 @@ class Sampling:
             raise BimosError(f"--top-k {self.top_k}: must be 0 (all tokens) or more, and below 2**31")
         if not 0 <= self.min_p <= 1:
             raise BimosError(f"--min-p {self.min_p}: must be from 0 to 1")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise BimosError(f"--seed {self.seed}: must be from 0 to 2**63 - 1")
         if not self.repetition_penalty > 0:
             raise BimosError(f"--repetition-penalty {self.repetition_penalty}: must be above 0; 1 is none")
 
@@ -97,11 +99,12 @@ class Conversation:
         Raises:
             BimosError: `message` alone is longer than the model's context; the conversation is then as before.
         """
+        before = list(self.turns)
         self.turns.append({"role": "user", "content": message})
         try:
             tokens = self._fitting()
-        except BimosError:
-            self.turns.pop()
+        except BaseException:  # an interruption or a template's own error, too: no question stays without its answer
+            self.turns[:] = before
             raise
         said: list[str] = []
 

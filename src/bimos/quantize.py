@@ -30,7 +30,7 @@ from bimos.models import convertible_linears, empty_model, load_config, load_tea
 from bimos.packing.pack import pack_model, restore_rotary
 from bimos.packing.sizes import size_report
 from bimos.processes import ALONE, Processes, are_several, current
-from bimos.resume import WORK, fingerprint
+from bimos.resume import WORK, fingerprint, held
 from bimos.settling import check_fit, check_low_memory, lean_options, settled_run, with_budget, write_run
 from bimos.stages import gathered, train
 from bimos.training.estimate import peak_memory
@@ -174,25 +174,26 @@ def _run(
     check_fit(teacher, method, config)
     facts = {"model": str(model), "weights": fingerprint(teacher), "config": config.to_dict(), "evaluate": list(evaluate)}
     processes.first(lambda: write_run(output, facts, resume))
-    try:
-        student, stages = train(teacher, tokenizer, config, work, console, began, processes, device)
-    except (BimosError, RuntimeError):
-        if processes.is_first and not any(work.glob("tokens/*/tokens.bin")):  # a false start: nothing to resume, so nothing in the way
-            shutil.rmtree(work, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                output.rmdir()
-        raise
-    in_parts = processes.count > 1 and bool(config.settled(method).distill.enabled)
-    models = None if in_parts else (teacher, student)
-    del teacher, student
-    if in_parts:
-        gc.collect()  # parts refer to each other; the first process needs the room, and others may be on its machine
+    with held(output) if processes.is_first else contextlib.nullcontext():
+        try:
+            student, stages = train(teacher, tokenizer, config, work, console, began, processes, device)
+        except (BimosError, RuntimeError):
+            if processes.is_first and not any(work.glob("tokens/*/tokens.bin")):  # a false start: nothing to resume, so nothing in the way
+                shutil.rmtree(work, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    output.rmdir()
+            raise
+        in_parts = processes.count > 1 and bool(config.settled(method).distill.enabled)
+        models = None if in_parts else (teacher, student)
+        del teacher, student
+        if in_parts:
+            gc.collect()  # parts refer to each other; the first process needs the room, and others may be on its machine
 
-    def last() -> dict[str, Any]:
-        teacher, student = models or gathered(_load(model, config, torch.device("cpu"))[0], method, config, work)
-        return finish(teacher.cpu(), student.cpu(), tokenizer, output, config, facts, stages, began, console)
+        def last() -> dict[str, Any]:
+            teacher, student = models or gathered(_load(model, config, torch.device("cpu"))[0], method, config, work)
+            return finish(teacher.cpu(), student.cpu(), tokenizer, output, config, facts, stages, began, console)
 
-    return processes.first(last)
+        return processes.first(last)
 
 
 def _load(model: str | Path, config: RunConfig, device: torch.device) -> tuple[PreTrainedModel, Any]:

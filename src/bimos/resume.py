@@ -10,9 +10,11 @@ import contextlib
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import nn
 
 from bimos.config import RunConfig
@@ -21,8 +23,10 @@ from bimos.evaluation.versions import write_json
 from bimos.training.data import TokenStream
 
 WORK = "work"
+DONE = "work.done"  # what it is called while it is being deleted
+LOCK = ".lock"  # in it, held by the run at work
 # What a run was that does not say so, being begun before there was the key.
-UNSAID = {"low_memory": False, "distill": {"int8_teacher": False, "expert_share": 1.0}}
+UNSAID = {"low_memory": False, "distill": {"int8_teacher": False, "expert_share": 1.0, "epsilon": 1e-8}}
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -36,18 +40,50 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def settle(output: Path) -> None:
-    """Put things in order after a kill in one of the two moments when the work was not in its place.
+    """Put things in order after a kill in one of the moments when the work was not in its place.
 
-    They are the first, before `run.json` was there, and that when a new checkpoint had just taken the place of the old one.
+    They are the first, before `run.json` was there, that when a new checkpoint had just taken the place of the old one, and the last,
+    when the work was being deleted.
     """
     work = output / WORK
+    shutil.rmtree(output / DONE, ignore_errors=True)
     stranded = output.resolve().parent / f".{output.resolve().name}.saving" / WORK
     if (stranded / "run.json").exists() and output.is_dir() and not work.exists():
         stranded.rename(work)
-    if work.is_dir() and all(path.name.startswith(".run.json.") for path in work.iterdir()):
+    if work.is_dir() and all(path.name.startswith((".run.json.", LOCK)) for path in work.iterdir()):
         shutil.rmtree(work)
         with contextlib.suppress(OSError):
             output.rmdir()
+
+
+def discard(output: Path) -> None:
+    """Delete the work, so that after a kill there is all of it or none."""
+    work, done = output / WORK, output / DONE
+    shutil.rmtree(done, ignore_errors=True)
+    with contextlib.suppress(OSError):  # there is none
+        work.rename(done)
+    shutil.rmtree(done, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def held(output: Path) -> Iterator[None]:
+    """Within it, this run works in `output` and no other. Raises BimosError: another one does."""
+    lock = FileLock(output / WORK / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BimosError(f"another run works in '{output}'; let it finish, or name another output directory") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_alone(output: Path) -> None:
+    """Raises BimosError: another run works in `output`."""
+    if (output / WORK / LOCK).exists():
+        with held(output):
+            pass
 
 
 def read_run(output: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,14 +12,15 @@ from transformers import PreTrainedModel
 from transformers.integrations import get_available_reporting_integrations
 
 from bimos.config import DEFAULT_MINUTES, DistillConfig, RunConfig
-from bimos.errors import BimosError
+from bimos.errors import BimosError, disk_full
 from bimos.evaluation.perplexity import maximum_context
 from bimos.evaluation.texts import load_text
 from bimos.evaluation.versions import write_json
 from bimos.methods import MethodConfig, method_config
 from bimos.models import convertible_linears
 from bimos.packing.checkpoint import check_output
-from bimos.resume import WORK, check_same_run, read_run, remembered, settle
+from bimos.packing.embedding import check_embedding
+from bimos.resume import WORK, check_alone, check_same_run, discard, read_run, remembered, settle
 from bimos.training.sources import parse_sources
 
 
@@ -29,6 +29,7 @@ def settled_run(
 ) -> tuple[RunConfig, list[str]]:
     """What a run is to do, all of it checked that can be without its model, and an output directory that may be written."""
     work = output / WORK
+    check_alone(output)
     settle(output)
     if resume:
         evaluate = evaluate or read_run(output)["evaluate"]
@@ -57,13 +58,15 @@ def write_run(output: Path, facts: dict[str, Any], resume: bool) -> None:
     work = output / WORK
     if resume and read_run(output)["weights"] != facts["weights"]:
         raise BimosError(f"'{facts['model']}' has other weights than the run in '{output}' was started with; start anew with --overwrite")
-    if not resume:
-        shutil.rmtree(work, ignore_errors=True)
-        try:
+    try:
+        if not resume:
+            discard(output)
             work.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BimosError(f"cannot write to '{output}': {error.strerror}; name another output directory") from None
-    write_json(work / "run.json", facts)
+        write_json(work / "run.json", facts)
+    except OSError as error:
+        if disk_full(error):
+            raise
+        raise BimosError(f"cannot write to '{output}': {error.strerror}; name another output directory") from None
 
 
 def with_budget(config: RunConfig, method: MethodConfig) -> RunConfig:
@@ -101,6 +104,8 @@ def check_fit(teacher: PreTrainedModel, method: MethodConfig, config: RunConfig)
             method.packed_layout(linear.in_features, linear.out_features, linear.bias is not None)
         except BimosError as error:
             raise BimosError(f"'{name}': {error}") from None
+    if config.embedding_bits == 8:
+        check_embedding(teacher.get_input_embeddings())
     limit = maximum_context(teacher)
     if limit is not None and config.sequence_length > limit:
         raise BimosError(f"sequence_length={config.sequence_length} is more than this model can take; set it to {limit} or less")

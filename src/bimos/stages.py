@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from bimos.config import RunConfig
+from bimos.errors import BimosError
+from bimos.evaluation.versions import write_json
 from bimos.methods import MethodConfig, method_config
 from bimos.processes import ALONE, Processes
 from bimos.resume import check_same_text
@@ -23,6 +27,7 @@ from bimos.training.distillation import NumberedWindows
 from bimos.training.endtoend import distill
 from bimos.training.memory import peak_bytes, reset_peak
 from bimos.training.progress import Progress
+from bimos.training.sources import parse_sources
 from bimos.training.student import load_tensors, load_trained, uninitialised_student
 from bimos.training.teacher import TopKCache
 
@@ -55,15 +60,18 @@ def train(
     processes.first(lambda: check_same_text(stream, work / "text.json"))
     calibration = _whole_batches(config.blocks.tokens // length, config.blocks.batch_size)
     if not config.blocks.enabled:  # a start from weights alone needs text for no more than to say how far off its blocks are
-        calibration = _whole_batches(config.initialise.sequences if config.initialise.activation_aware else 1, config.blocks.batch_size)
+        reads = config.initialise.activation_aware and (config.initialise.refit or method.uses_inputs)
+        calibration = _whole_batches(config.initialise.sequences if reads else 1, config.blocks.batch_size)
     with Progress(console) as progress:
         progress.begin("reading text", 1)
         processes.first(lambda: stream.prepare(calibration, lambda done, total: progress.set(done / max(total, 1))))
         windows = stream.batch(0, calibration)
+        check_vocabulary(teacher, windows)
         total = None if config.minutes is None else 60 * config.minutes
         overhead = processes.agreed(time.monotonic() - started)
-        share = config.blocks.share if config.distill.enabled else 1.0
-        seconds = total * share if total is not None and config.blocks.enabled else None
+        seconds = None
+        if total is not None and config.blocks.enabled:
+            seconds = total * config.blocks.share if config.distill.enabled else max(1.0, total - overhead)
         report = reconstruct_blocks(teacher, windows, method, config, work / "blocks", progress, seconds, processes, device)
         student = uninitialised_student(teacher, method, config.skip)
         load_blocks(student, work / "blocks")
@@ -72,7 +80,7 @@ def train(
             reset_peak()
             # Whichever is more: blocks of an earlier process, or what this one has also done between the stages.
             spent = processes.agreed(max(report["seconds"] + overhead, time.monotonic() - started))
-            budget = Budget(tokens=config.tokens) if total is None else Budget(seconds=max(1.0, total - spent))
+            budget = Budget(tokens=config.tokens) if total is None else Budget(seconds=_limit(work, max(1.0, total - spent), processes))
             steps = config.distill.batch_size * config.distill.accumulate
             count = ENDLESS if config.tokens is None else _whole_batches(-(-config.tokens // length), steps)
             again = config.distill.distinct_tokens
@@ -84,7 +92,10 @@ def train(
                 processes.first(lambda: TopKCache(work / "logits", *shape).close())  # made by one; opened by all
                 cache = TopKCache(work / "logits", *shape)
             data = NumberedWindows(stream.as_dataset(calibration, count), count, distinct, config.seed)
-            given = student, teacher, data, length, config.distill, budget, work / "distill", progress, cache, config.seed, config.loss
+            options = config.distill
+            if any(source.kind == "self" for source in parse_sources(config.data)):
+                options = dataclasses.replace(options, int8_teacher=False)  # it goes on writing: the same text whoever writes when
+            given = student, teacher, data, length, options, budget, work / "distill", progress, cache, config.seed, config.loss
             report = distill(*given, processes)
             stages.append({**report, "peak_memory_bytes": peak_bytes()})
     return student, stages  # type: ignore[return-value]
@@ -97,6 +108,25 @@ def gathered(teacher: PreTrainedModel, method: MethodConfig, config: RunConfig, 
     tensors, _ = load_tensors(checkpoints(work / "distill")[-1] / "trained.safetensors")
     load_trained(student, {name.removeprefix("student."): tensor for name, tensor in tensors.items()})
     return teacher, student  # type: ignore[return-value]
+
+
+def _limit(work: Path, seconds: float, processes: Processes) -> float:
+    """What distillation was given when it first began: a restart neither adds to it nor moves the learning rate."""
+    path = work / "limit.json"
+
+    def settle() -> float:
+        if not path.exists():
+            write_json(path, {"seconds": seconds})
+        return float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
+
+    return processes.first(settle)
+
+
+def check_vocabulary(teacher: PreTrainedModel, windows: torch.Tensor) -> None:
+    """Raises BimosError: a token that the model has no row for."""
+    rows, largest = teacher.get_input_embeddings().weight.shape[0], int(windows.max())  # type: ignore[index]
+    if largest >= rows:
+        raise BimosError(f"the tokenizer gives token {largest}, and the model's embedding has {rows} rows; use the model's own tokenizer")
 
 
 def _whole_batches(windows: int, batch: int) -> int:

@@ -1,4 +1,4 @@
-"""Matrices in place: what comes out, that the lower triangle does not matter, and that no second matrix is made."""
+"""Matrices in place: what comes out, where the lower triangle does not matter, and that no second matrix is made."""
 
 from __future__ import annotations
 

@@ -237,6 +237,28 @@ def test_a_finished_stage_is_loaded(tmp_path: Path) -> None:
     }
 
 
+def test_every_step_has_the_rate_of_where_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def noted(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"] / self.param_groups[0]["base_lr"])
+        assert self.defaults["eps"] == 1e-9
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    teacher, options = llama(), {"schedule": "linear", "warmup": 0.2, "epsilon": 1e-9}
+    run(tmp_path / "whole", student_of(teacher), teacher, **options)
+    assert rates == pytest.approx([0.02, 0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+    rates.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", student_of(teacher), teacher, progress=Counting(5, interrupted), **options)
+    before = len(rates)
+    run(tmp_path / "killed", student_of(teacher), teacher, **options)
+    again = 10 - (len(rates) - before)  # the step that it begins anew with
+    assert rates[before:] == pytest.approx([0.02, 0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125][again:])
+
+
 def test_a_budget_of_time_ends(tmp_path: Path) -> None:
     report = run(tmp_path, student_of(llama()), llama(), steps=10**7, budget=Budget(seconds=1.0))
     assert report["seconds"] >= 1.0 and 0 < report["tokens"] < 10**7 * STEP

@@ -21,6 +21,8 @@ from bimos.tokens import load_tokenizer
 
 PARTS = ("products", "tables", "scales", "router", "attention", "head", "rest", "waiting")  # csrc/spent.h
 KEPT = 4  # sequences whose beginnings later prompts may share
+PIECE = 512  # tokens of a prompt that are read before the interpreter hears of a Ctrl-C; a multiple of csrc/engine/ops.cpp's kChunk
+NO_LOGITS, ALL_LOGITS = 0, 2  # of engine_read
 
 
 class Engine:
@@ -88,7 +90,7 @@ class Engine:
         self._check(ids)
         sequence = torch.ops.bimos.engine_open(self._id)
         try:
-            logits: Tensor = torch.ops.bimos.engine_read(self._id, list(ids), [sequence] * len(ids), True)
+            logits: Tensor = torch.ops.bimos.engine_read(self._id, list(ids), [sequence] * len(ids), ALL_LOGITS)
             return logits
         finally:
             torch.ops.bimos.engine_close(self._id, sequence)
@@ -96,7 +98,7 @@ class Engine:
     def tokens(self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: bool = True) -> Iterator[list[int | None]]:
         """Continue several prompts at once: at every step the next token of each, None where one has ended.
 
-        What a prompt shares with an earlier one, or with one beside it, is not computed again.
+        What a prompt shares with one of the last few, or with one beside it, is not computed again.
 
         Args:
             prompts: token ids; none empty.
@@ -120,7 +122,7 @@ class Engine:
             active = list(range(len(prompts)))
             for _ in range(sampling.max_new_tokens):
                 reading = [last[i] for i in active], [opened[i] for i in active]
-                picked = torch.ops.bimos.engine_next(self._id, *reading, options, sampling.top_k, [seed + i for i in active])
+                picked = torch.ops.bimos.engine_next(self._id, *reading, options, sampling.top_k, [(seed + i) % 2**63 for i in active])
                 if -1 in picked:
                     raise BimosError("the model's logits are not finite: its weights are damaged; get the checkpoint again")
                 step: list[int | None] = [None] * len(prompts)
@@ -131,6 +133,11 @@ class Engine:
                 if not active:
                     return
                 yield step
+        except Exception:  # no memory, say: the next try needs it more. An interrupted text is kept.
+            for sequence in opened:
+                torch.ops.bimos.engine_close(self._id, sequence)
+            opened.clear()
+            raise
         finally:
             self._keep(opened)
 
@@ -150,7 +157,7 @@ class Engine:
         """
         ids = self._ids(prompt) if isinstance(prompt, str) else list(prompt)
         pieces: list[str] = []
-        streamer = Streamer(self.tokenizer, pieces.append)
+        streamer = Streamer(self._words(), pieces.append)
         streamer.put(torch.tensor(ids))  # which it skips
         for (token,) in self.tokens([ids], sampling or Sampling()):
             streamer.put(torch.tensor([token]))
@@ -171,12 +178,12 @@ class Engine:
             for ids, token in zip(continued, step, strict=True):
                 if token is not None:
                     ids.append(token)
-        texts: list[str] = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in continued]
+        texts: list[str] = [self._words().decode(ids, skip_special_tokens=True) for ids in continued]
         return texts[0] if isinstance(prompt, str) else texts
 
     def chat(self, messages: list[dict[str, str]], sampling: Sampling | None = None) -> Iterator[str]:
         """The answer to a conversation `[{"role": ..., "content": ...}]` by the model's chat template, piece by piece."""
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = self._words().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self.stream(self.tokenizer(text, add_special_tokens=False)["input_ids"], sampling)
 
     def _quantize_head(self, head: Any) -> None:
@@ -188,10 +195,13 @@ class Engine:
         ops.engine_head(self._id, *native.quantize_int4(weight, scale if scale.numel() else None, importance))
 
     def _ids(self, text: str) -> list[int]:
-        if self.tokenizer is None:
-            raise BimosError("this engine has no tokenizer: give it one, or token ids instead of text")
-        ids: list[int] = self.tokenizer(text)["input_ids"]
+        ids: list[int] = self._words()(text)["input_ids"]
         return ids
+
+    def _words(self) -> Any:
+        if self.tokenizer is None:
+            raise BimosError("this engine has no tokenizer: give it one, or token ids to `tokens`")
+        return self.tokenizer
 
     def _check(self, ids: Sequence[int], more: int = 0) -> None:
         """Raises BimosError: a token that is not in the vocabulary, or more tokens than the model has positions."""
@@ -210,7 +220,8 @@ class Engine:
             shared = {sequence: _common(ops.engine_tokens(self._id, sequence), wanted) for sequence in (*self._kept, *opened)}
             best = max(shared, key=lambda sequence: shared[sequence], default=None)
             known = shared[best] if best is not None else 0
-            if known and best in self._kept:
+            # A text that goes on takes over what is kept of it; one that begins as others do (a system prompt) leaves it to them.
+            if known and best in self._kept and known >= len(ops.engine_tokens(self._id, best)) / 2:
                 self._kept.remove(best)
                 sequence = best
             else:
@@ -218,16 +229,21 @@ class Engine:
             opened.append(sequence)  # before it reads: whoever interrupts that finds it there
             if known:
                 ops.engine_keep(self._id, sequence, best, known)
-        rest = wanted[known:]
-        if rest:
-            ops.engine_read(self._id, rest, [sequence] * len(rest), False)
+        for start in range(known, len(wanted), PIECE):
+            piece = wanted[start : start + PIECE]
+            ops.engine_read(self._id, piece, [sequence] * len(piece), NO_LOGITS)
 
     def _keep(self, sequences: list[int]) -> None:
+        """Of the last sequences as many as have no more tokens together than one alone may have, but always one."""
+        ops, kept, room = torch.ops.bimos, list[int](), self.config.max_position_embeddings
         with self._choosing:
-            self._kept += sequences
-            for old in self._kept[:-KEPT]:
-                torch.ops.bimos.engine_close(self._id, old)
-            del self._kept[:-KEPT]
+            for sequence in reversed([*self._kept, *sequences]):
+                room -= len(ops.engine_tokens(self._id, sequence))
+                if len(kept) < KEPT and (room >= 0 or not kept):
+                    kept.append(sequence)
+                else:
+                    ops.engine_close(self._id, sequence)
+            self._kept = kept[::-1]
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:

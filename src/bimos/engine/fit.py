@@ -18,8 +18,10 @@ from bimos.packing.linear import ACTIVATIONS, PackedLinear
 ROTARY_TYPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length
 SETTINGS = (  # of transformers' generate, that change what is said and that the engine does not have
     *("no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "min_new_tokens", "min_length", "sequence_bias"),
-    *("forced_bos_token_id", "forced_eos_token_id", "encoder_repetition_penalty", "exponential_decay_length_penalty"),
+    *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "stop_strings", "max_time", "penalty_alpha"),
+    *("epsilon_cutoff", "eta_cutoff", "top_h", "watermarking_config"),
 )
+SETTINGS_AT_ONE = ("num_beams", "num_beam_groups", "typical_p", "guidance_scale", "encoder_repetition_penalty")  # whose 1 is none, too
 
 
 def refusal(model: Any) -> str | None:
@@ -51,8 +53,9 @@ def refusal(model: Any) -> str | None:
         return "a head with a bias"
     if any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers())):
         return "a device other than the CPU"
-    for setting in SETTINGS:
-        if getattr(model.generation_config, setting, None):
+    for setting in (*SETTINGS, *SETTINGS_AT_ONE):
+        value = getattr(model.generation_config, setting, None)
+        if value and not (setting in SETTINGS_AT_ONE and value == 1):
             return f"generation_config.json asks for {setting}"
     return None
 

@@ -63,6 +63,8 @@ def _failure(device: torch.device) -> str:
         from bimos.kernels import triton
 
         triton.try_out(device)
+    except torch.OutOfMemoryError:  # of this moment, and not to be remembered
+        raise
     except Exception as error:  # a driver, a compiler that Triton asks for, another Triton: each has errors of its own
         return f"{type(error).__name__}: {error}".strip().splitlines()[0]
     return ""

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +84,10 @@ def choose(run: Callable[[Config], Tensor], x: Tensor, shape: tuple[int, ...]) -
     if key not in _chosen:
         if torch.cuda.is_current_stream_capturing():
             return choices[0]
-        _chosen[key] = _best(run, choices, _names(*key))
+        try:
+            _chosen[key] = _best(run, choices, _names(*key))
+        except torch.OutOfMemoryError:  # of measuring, which takes more than running: nothing is known, and may be the next time
+            return choices[0]
     return _chosen[key]
 
 
@@ -103,6 +107,7 @@ def _best(run: Callable[[Config], Tensor], choices: tuple[Config, ...], names: t
         return known
     times = {config: time for config in choices if (time := measure(functools.partial(run, config))) is not None}
     if not times:
+        warnings.warn(f"no tiles of the Triton kernel fit {gpu} for {kind}: such products run in plain torch", stacklevel=2)
         return None
     best = min(times, key=times.__getitem__)
     write(gpu, kind, best)
@@ -113,6 +118,8 @@ def measure(call: Callable[[], Any]) -> float | None:
     """Median milliseconds with nothing in the cache, or None for tiles that this GPU has no room for, or Triton no code."""
     try:
         time: float = triton.testing.do_bench(call, warmup=5, rep=25, return_mode="median")
+    except torch.OutOfMemoryError:  # says nothing of the tiles
+        raise
     except (TritonError, RuntimeError):
         return None
     return time

@@ -44,7 +44,7 @@ def method_config(name: str, options: dict[str, Any] | None = None) -> MethodCon
     if name not in methods:
         raise BimosError(f"unknown method '{name}'; known methods: {', '.join(methods)}")
     known = {field.name for field in dataclasses.fields(methods[name])}
-    unknown = sorted(set(options or {}) - known)
+    unknown = sorted(map(str, set(options or {}) - known))
     if unknown:
         raise BimosError(f"method '{name}' has no option '{', '.join(unknown)}'; its options: {', '.join(sorted(known)) or 'none'}")
     return build(methods[name], options or {}, f"method '{name}'")

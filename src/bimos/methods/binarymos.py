@@ -175,7 +175,7 @@ class BinaryMoSLinear(TrainableLinear):
 class BinaryMoSConfig(MethodConfig):
     """Options of BinaryMoS. The defaults start better than the authors' on a small budget; see docs/decisions.md.
 
-    The authors' start is `iterations=0, distinct_experts=False, latent_magnitude=None`.
+    The authors' start is `iterations=0, compensation=0, distinct_experts=False, latent_magnitude=None`, without `initialise.refit`.
     """
 
     name: ClassVar[str] = "binarymos"

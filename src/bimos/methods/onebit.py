@@ -18,7 +18,7 @@ from bimos.methods.binarymos import BinaryMoSConfig, BinaryMoSLinear
 @register
 @dataclasses.dataclass(frozen=True)
 class OneBitConfig(BinaryMoSConfig):
-    """Options of OneBit. The authors' start is `iterations=0, latent_magnitude=None`."""
+    """Options of OneBit. The authors' start is `iterations=0, compensation=0, latent_magnitude=None`, without `initialise.refit`."""
 
     name: ClassVar[str] = "onebit"
     summary: ClassVar[str] = "one sign plane, static input and output scales (2402.11295)"

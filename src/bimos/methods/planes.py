@@ -1,6 +1,6 @@
 """The planes of signs that a latent stands for: one by itself, or two coupled ones.
 
-Two planes of one latent are four levels in order, a step of 1/2 from one to the next:
+Two planes of one latent are four levels in order, a step of 1/2 from one to the next (a latent of exactly 0 is of the highest):
 
     latent    below -1/2   -1/2 to 0    0 to 1/2   1/2 and more
     first         -1           -1          +1           +1

@@ -1,7 +1,7 @@
 """Large symmetric matrices `[n, n]`: products by halves; factors, inverses and solutions in the memory of what they are made of.
 
 Second moments of the widest linear are most of what a start has in memory, so nothing here makes a second matrix of that size. A product
-fills the upper triangle alone, and what follows reads no more than that: the lower one may hold anything.
+fills the upper triangle alone, and what follows reads no more than that: the lower one may hold anything, but for `inverse_factor_`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def solve_(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def inverse_factor_(matrix: Tensor) -> Tensor:
-    """The upper triangular U with `U^T U = H^-1` of a positive definite `H [n, n]`, contiguous; in its memory.
+    """The upper triangular U with `U^T U = H^-1` of a positive definite `H [n, n]`, contiguous, both triangles there; in its memory.
 
     With all rows and columns in reverse a lower factor is an upper one: H = R R^T, and U = R^-1. So H itself is never inverted.
     """

@@ -170,6 +170,16 @@ def quantize_embeddings(model: Any) -> list[str]:
 
 
 def _int8_embedding(embedding: nn.Embedding) -> Int8Embedding:
+    weight = embedding.weight.detach()
+    return Int8Embedding(*quantize_rows(weight), weight.dtype, check_embedding(embedding), embedding.padding_idx)
+
+
+def check_embedding(embedding: Any) -> float | None:
+    """What an embedding multiplies its rows by; None: nothing.
+
+    Raises:
+        BimosError: it does more than look rows up and scale them.
+    """
     embed_scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
     if isinstance(embed_scale, Tensor):
         embed_scale = embed_scale.item()
@@ -179,4 +189,4 @@ def _int8_embedding(embedding: nn.Embedding) -> Int8Embedding:
         expected = weight[ids] if embed_scale is None else weight[ids] * weight.new_tensor(embed_scale)
         if not torch.equal(embedding(ids), expected):
             raise BimosError(f"embeddings of type {type(embedding).__name__} cannot be stored in 8 bits; use --embedding-bits 16")
-    return Int8Embedding(*quantize_rows(weight), weight.dtype, embed_scale, embedding.padding_idx)
+    return embed_scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from bimos.methods.base import TrainableLinear
@@ -28,11 +28,18 @@ def load_blocks(student: nn.Module, directory: Path) -> None:
 
 def finished(path: Path) -> tuple[dict[str, Tensor], dict[str, float]] | None:
     """What a finished block's file holds; None if there is none that is whole."""
+    entry = recorded(path)
+    return None if entry is None else (load_tensors(path)[0], entry)
+
+
+def recorded(path: Path) -> dict[str, float] | None:
+    """What a finished block's file says of its training; None if there is none that is whole."""
     if not path.exists():
         return None
     try:
-        tensors, metadata = load_tensors(path)
-        return tensors, {key: float(metadata[key]) for key in ("loss_first", "loss_last", "seconds", "tokens", "next_sequences")}
+        with safe_open(path, "pt") as file:  # whose header must fit the file's length
+            metadata = file.metadata() or {}
+        return {key: float(metadata[key]) for key in ("loss_first", "loss_last", "seconds", "tokens", "next_sequences")}
     except (SafetensorError, KeyError, ValueError):
         return None  # damaged: the block is done again
 

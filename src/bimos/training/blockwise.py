@@ -27,7 +27,7 @@ from bimos.lanes import LANES, Lanes
 from bimos.methods.base import MethodConfig
 from bimos.models import convertible_linears, decoder_blocks
 from bimos.processes import ALONE, Processes
-from bimos.training.blockfiles import block_file, finished, is_own
+from bimos.training.blockfiles import block_file, finished, is_own, recorded
 from bimos.training.fused import fused
 from bimos.training.initialise import initialise_block
 from bimos.training.mapped import entering_in, release, rest, working_copy
@@ -98,6 +98,9 @@ def _each_block(
         progress.note("this model's weights are not mapped from .safetensors files here: all of them stay in memory")
     directory.mkdir(parents=True, exist_ok=True)
     reset_peak()
+    known = [entry for index in range(len(blocks)) if (entry := recorded(block_file(directory, index))) is not None]
+    if len(known) == len(blocks):  # by an earlier process: nobody needs what goes from block to block any more
+        return _report([{"block": index, **entry} for index, entry in enumerate(known)])
     dtype = native.fast_dtype(torch.bfloat16, device)
     names = [name.removeprefix(prefix + ".").split(".", 1) for name in convertible_linears(teacher, config.skip)]
     with entering_in(teacher, dtype, device) if config.low_memory else nullcontext():
@@ -109,7 +112,7 @@ def _each_block(
     if config.low_memory:
         release(teacher)  # the embedding has been read for the last time
     history: list[dict[str, Any]] = []
-    worked = trained_tokens = 0.0
+    worked = 0.0
     if config.low_memory:
         progress.note(_plan(blocks[0], len(blocks), method, config, stream, dtype))
     progress.begin("block reconstruction", len(blocks))
@@ -172,14 +175,18 @@ def _each_block(
         kept = int(entry["next_sequences"]) // processes.count
         stream, student_stream = stream[:kept], student_stream[:kept]
         worked += entry["seconds"]
-        trained_tokens += entry["tokens"]
         history.append({"block": index, **entry})
         progress.advance(1, loss=entry["loss_last"])
+    return _report(history)
+
+
+def _report(history: list[dict[str, Any]]) -> dict[str, Any]:
+    tokens, seconds = (sum(entry[key] for entry in history) for key in ("tokens", "seconds"))
     return {
         "name": "blocks",
-        "tokens": int(trained_tokens / len(blocks)),
-        "seconds": worked,
-        "tokens_per_second": trained_tokens / max(worked, 1e-9),  # of one block
+        "tokens": int(tokens / len(history)),
+        "seconds": seconds,
+        "tokens_per_second": tokens / max(seconds, 1e-9),  # of one block
         "peak_memory_bytes": peak_bytes(),
         "loss_first": sum(entry["loss_first"] for entry in history) / len(history),
         "loss_last": sum(entry["loss_last"] for entry in history) / len(history),

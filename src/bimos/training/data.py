@@ -1,7 +1,8 @@
 """Training data as an endless, deterministic stream of token windows.
 
 Each source of the spec (syntax: `bimos.training.sources`) is one endless sequence of tokens: its documents in a shuffled
-order, each with BOS before it if the tokenizer uses one and EOS behind it, begun anew in another order when all were seen.
+order, each (a long one in pieces) with BOS before it if the tokenizer uses one and EOS behind it, begun anew in another order when
+all were seen.
 Windows of exactly `sequence_length` tokens are cut from it without a gap. For window i of a mix, a seeded draw by weight
 says which source gives its next one. So window i depends on the spec, the tokenizer, the seed and the length alone: not on
 the process, nor on what was read before.

@@ -102,7 +102,8 @@ def distill(
         with lanes, fused(*models), in_int8:  # in this order: `fused` asks modules what they answer
             if is_sharded:
                 shard(distillation, student, teacher)
-            optimizer = adamw(student, rates, (config.beta1, config.beta2), config.weight_decay, config.optimizer == "adamw8bit")
+            betas = config.beta1, config.beta2
+            optimizer = adamw(student, rates, betas, config.weight_decay, config.optimizer == "adamw8bit", config.epsilon)
             scheduler = LambdaLR(optimizer, lambda _: schedule(config.schedule, config.warmup, budget.progress()))
             given: Any = {"train_dataset": dataset, "optimizers": (optimizer, scheduler), "callbacks": [clock]}
             trainer = DistillTrainer(clock, lanes, processes, distillation, arguments, **given)

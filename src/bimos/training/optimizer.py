@@ -86,7 +86,12 @@ def select(model: nn.Module, rates: dict[str, float]) -> None:
 
 
 def adamw(
-    model: nn.Module, rates: dict[str, float], betas: tuple[float, float], weight_decay: float, eight_bits: bool = False
+    model: nn.Module,
+    rates: dict[str, float],
+    betas: tuple[float, float],
+    weight_decay: float,
+    eight_bits: bool = False,
+    epsilon: float = 1e-8,
 ) -> torch.optim.Optimizer:
     """AdamW on what was selected, a group for each role: torch's, or torchao's where there are moments in 8 bits or latents in bfloat16.
 
@@ -103,10 +108,10 @@ def adamw(
         if groups[role]
     ]
     if not eight_bits and all(p.dtype == torch.float32 for group in chosen for p in group["params"]):
-        return torch.optim.AdamW(chosen, betas=betas, fused=True)
+        return torch.optim.AdamW(chosen, betas=betas, eps=epsilon, fused=True)
     torchao: Any = import_module("torchao.optim")
     kind = torchao.AdamW8bit if eight_bits else torchao._AdamW
-    optimizer: torch.optim.Optimizer = kind(chosen, betas=betas, bf16_stochastic_round=True)
+    optimizer: torch.optim.Optimizer = kind(chosen, betas=betas, eps=epsilon, bf16_stochastic_round=True)
     return optimizer
 
 

@@ -31,6 +31,14 @@ from bimos.training.sharding import divided_state, whole, whole_state
 from bimos.training.student import save_tensors
 
 
+def _to_disk(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 class BudgetClock(TrainerCallback):
     """Counts the budget, stops when it is used up, asks for checkpoints by the clock, shows progress."""
 
@@ -45,9 +53,12 @@ class BudgetClock(TrainerCallback):
         self.budget.start()
         self._saved = self.budget.elapsed
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Before the scheduler looks at the budget for the next step's rate."""
         self.clock.tick()
         self.budget.spent_tokens += self.tokens_per_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.budget.elapsed - self._saved >= self.seconds:
             control.should_save = True
             self._saved = self.budget.elapsed
@@ -141,6 +152,8 @@ class DistillTrainer(Trainer):
     def _complete(self) -> None:
         """Let the newest checkpoint count, and take away the others."""
         directory = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        for path in [*directory.iterdir(), directory]:  # all of it, before it counts and the one before it goes
+            _to_disk(path)
         budget = self._clock.budget
         facts = {"tokens": budget.spent_tokens, "seconds": budget.elapsed, "losses": self._clock.losses}
         with (directory / f"{COMPLETE}.partial").open("w") as file:
