@@ -13,9 +13,12 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mutations import Checkpoint, Choices, mutate
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def make_seeds(directory: Path) -> list[Path]:
@@ -40,22 +43,36 @@ def make_seeds(directory: Path) -> list[Path]:
 
 def load_both(directory: Path, ordinary: bool = True) -> int:
     """How many of the loaders gave a model. Raises AssertionError: one failed with something else than an error of one line."""
+    import torch
+
     from bimos import BimosError
     from bimos.engine import Engine, load
     from bimos.models import load_model
 
-    def quick() -> None:
+    def quick() -> Tensor:
         engine = Engine(load(directory) if ordinary else _mapped(directory), threads=1)
-        engine.logits([0] * min(3, engine.config.max_position_embeddings))
+        logits: Tensor = engine.logits([0] * min(3, engine.config.max_position_embeddings))
+        return logits
 
-    good = 0
-    for way in (quick, lambda: load_model(directory)) if ordinary else (quick,):
+    def usual() -> Tensor | None:
+        model = load_model(directory, torch.float32)
         try:
-            way()
-            good += 1
+            with torch.no_grad():
+                return model(torch.tensor([[0] * min(3, model.config.max_position_embeddings)])).logits[0]
+        except (RuntimeError, IndexError, TypeError, ValueError, ArithmeticError):  # what transformers itself cannot run
+            return None
+
+    found: list[Tensor | None] = []
+    for way in (quick, usual) if ordinary else (quick,):
+        try:
+            found.append(way())
         except BimosError as error:
             assert str(error) and "\n" not in str(error), repr(error)
-    return good
+    if len(found) == 2 and all(logits is not None and bool(logits.isfinite().all()) for logits in found):
+        one, other = found
+        assert one is not None and other is not None
+        assert (one - other).norm() <= 0.05 * other.norm() + 1e-3, f"two models of one checkpoint: {(one - other).norm()} of {other.norm()}"
+    return len(found)
 
 
 def _mapped(directory: Path) -> Any:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bimos.packing.layout import description_sum
+
 ABSURD: list[Any] = [
     *(0, -1, 1, 2, 3, 7, 33, 64, 4096, 2**31 - 1, 2**31, 2**32 + 1, 2**62, 2**63, 2**64, 10**30, 0.5, -0.0, 1e-320, 1e308),
     *(
@@ -82,6 +84,10 @@ class Checkpoint:
         if self.sums:
             metadata = self.header.get("__metadata__")
             if isinstance(metadata, dict):
+                description = self.jsons.get("config.json", {})
+                description = description.get("quantization_config") if isinstance(description, dict) else None
+                if isinstance(description, dict):  # what a writer of such a config would say
+                    metadata["bimos.description"] = description_sum(description)
                 metadata["bimos.crc32"] = "".join(self._sum(name) for name in sorted(set(self.header) - {"__metadata__"}))
         head = json.dumps(self.header).encode()
         head += b" " * (-len(head) % 8)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 import bimos
 from bimos.cli import app
+from bimos.cli.group import write_result
 from bimos.engine import Engine
 from bimos.kernels import native
 
@@ -153,6 +156,25 @@ def test_eval_writes_perplexity_and_provenance(teacher_directory: Path, text_fil
     assert written["perplexity"][text_file.name]["windows"] == 2
     assert written["perplexity"][text_file.name]["value"] == pytest.approx(320, rel=0.3)  # a random model knows nothing
     assert written["versions"]["torch"] and written["seconds"] > 0
+
+
+def test_json_goes_where_it_is_sent(tmp_path: Path) -> None:
+    """A link stays a link, and a pipe a pipe."""
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    assert run("methods", "--json", tmp_path / "link.json").exit_code == 0
+    assert (tmp_path / "link.json").is_symlink() and "binarymos" in json.loads((tmp_path / "real.json").read_text())
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit((tmp_path / "pipe").read_text)
+        assert run("methods", "--json", tmp_path / "pipe").exit_code == 0
+        assert "binarymos" in json.loads(reading.result(60))
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_what_json_cannot_say_is_null(capsys: pytest.CaptureFixture[str]) -> None:
+    write_result(Path("-"), {"value": float("inf"), "losses": [float("nan"), 1.5]})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"value": None, "losses": [None, 1.5]}
 
 
 def test_generate_repeats_itself_for_a_seed_only(teacher_directory: Path) -> None:

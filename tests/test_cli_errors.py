@@ -202,6 +202,37 @@ def test_bad_evaluations(more: list[str], fragments: list[str], teacher_director
     assert_refused(run("eval", teacher_directory, *more, *ppl), *fragments)
 
 
+def test_texts_of_one_name(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / text_file.name
+    other.write_text("Another text.")
+    assert_refused(run("eval", teacher_directory, "--ppl", f"{text_file},{other}"), "one name")
+    assert_refused(run("eval", teacher_directory, "--ppl", ","), "nothing to measure")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("hidden_size", "abc"), ("hidden_size", None), ("hidden_size", 0), ("num_attention_heads", 0), ("hidden_act", "no_such")),
+        *(("dtype", "floaty"), ("vocab_size", -3), ("pad_token_id", 100_000), ("rope_parameters", {"rope_type": "no_such"})),
+        ("num_hidden_layers", 10**7),
+    ],
+)
+def test_absurd_configs(key: str, value: Any, quantized: Path, teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    for source, commands in ((quantized, ["info", "unpack", "generate"]), (teacher_directory, ["quantize"])):
+        directory = tmp_path / source.name
+        shutil.copytree(source, directory)
+        config = json.loads((directory / "config.json").read_text()) | {key: value}
+        (directory / "config.json").write_text(json.dumps(config))
+        for command in commands:
+            more = {"info": [], "unpack": ["-o", tmp_path / "o", "--approximate"], "generate": ["--prompt", "A"]}.get(command)
+            if key == "num_hidden_layers" and command == "quantize":
+                continue  # as many blocks as that are a plan like any other
+            more = ["-o", tmp_path / "o", "--data", text_file, "--dry-run"] if more is None else more
+            result = run(command, directory, *more)
+            if result.exit_code != 0:  # what does not use a value need not mind it
+                assert_refused(result)
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

@@ -122,3 +122,10 @@ def test_the_whole_demonstration_on_a_tiny_model(
     result = json.loads((model / "result.json").read_text())
     assert result["perplexity"][str(assets.held_out)]["teacher"] > 0 and result["samples"]
     assert result["samples"][0]["prompt"] in (model / "report.html").read_text()
+    assert CliRunner().invoke(app, ["demo", "-o", str(tmp_path / "demo")]).exit_code == 0  # again, in its own place
+    other = tmp_path / "mine" / "model"
+    other.mkdir(parents=True)
+    (other / "config.json").write_text("{}")
+    refused = CliRunner().invoke(app, ["demo", "-o", str(tmp_path / "mine")])
+    assert refused.exit_code == 2 and "not a model of this demonstration" in refused.stderr
+    assert [path.name for path in other.iterdir()] == ["config.json"]

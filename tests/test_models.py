@@ -17,7 +17,6 @@ from bimos import BimosError
 from bimos.kernels import native
 from bimos.models import (
     convertible_linears,
-    data_root,
     decoder_blocks,
     empty_model,
     load_config,
@@ -214,14 +213,6 @@ def test_a_model_that_is_quantized_already(teacher_directory: Path, tmp_path: Pa
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     refused("quantized already", load_teacher, tmp_path / "model")
-
-
-def test_evaluation_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("BIMOS_DATA", str(tmp_path))
-    assert data_root() == tmp_path
-    monkeypatch.delenv("BIMOS_DATA")
-    found = data_root()
-    assert found is None or found.is_dir()
 
 
 def test_configs_of_other_architectures_build_without_weights() -> None:

@@ -10,6 +10,7 @@ trained here must not be quoted with a WikiText-2 perplexity.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import html
@@ -84,7 +85,7 @@ def run(folder: Path, minutes: float, console: Console | None = None) -> dict[st
         The result of `bimos.quantize.run` and `samples`, as `result.json` and `report.html` beside the model have it.
 
     Raises:
-        BimosError: the assets cannot be had, or `folder` cannot be written.
+        BimosError: the assets cannot be had, or `folder` cannot be written or has a model of another origin.
     """
     from bimos.config import RunConfig
     from bimos.evaluation.generation import compare_samples
@@ -100,6 +101,8 @@ def run(folder: Path, minutes: float, console: Console | None = None) -> dict[st
     model = folder / "model"
     config = RunConfig.from_dict(settings(str(assets.train), minutes), "demo")
     resume = _interrupted(model, config.to_dict())
+    if model.exists() and any(model.iterdir()) and not _is_of_demo(model, str(assets.teacher)):
+        raise BimosError(f"'{model}' is not empty and not a model of this demonstration; name another output directory")
     evaluate = [str(assets.held_out)]
     result = quantize(str(assets.teacher), model, config, resume=resume, overwrite=not resume, console=console, evaluate=evaluate)
     teacher, tokenizer = load_teacher(assets.teacher)
@@ -118,6 +121,16 @@ def _interrupted(model: Path, config: dict[str, Any]) -> bool:
     except (OSError, ValueError):
         return False
     return bool(known["config"] == json.loads(json.dumps(config)))
+
+
+def _is_of_demo(model: Path, teacher: str) -> bool:
+    """Whether what lies in `model` is a demonstration's, finished or not."""
+    from bimos.resume import WORK
+
+    for path in (model / WORK / "run.json", model / "result.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            return bool(json.loads(path.read_text(encoding="utf-8"))["model"] == teacher)
+    return False
 
 
 def settings(train: str, minutes: float) -> dict[str, Any]:

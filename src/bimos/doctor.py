@@ -14,9 +14,10 @@ import torch
 from packaging.requirements import Requirement
 
 from bimos import __version__
+from bimos.errors import BimosError
+from bimos.evaluation.texts import data_directory
 from bimos.evaluation.versions import available_cores, cpu_model
 from bimos.kernels import gpu, native, packed_linear, reference
-from bimos.models import data_root
 from bimos.packing.format import pack_signs
 
 OPTIONAL = {
@@ -42,7 +43,11 @@ def diagnose() -> dict[str, Any]:
     packages, problems = _requirements()
     optional = {name: _version(name) for name in OPTIONAL}
     kernels, kernel_problems = _kernels()
-    memory, data = psutil.virtual_memory(), data_root()
+    memory = psutil.virtual_memory()
+    try:
+        data, data_problems = data_directory(), list[str]()
+    except BimosError as error:
+        data, data_problems = None, [str(error)]
     return {
         "bimos": __version__,
         "python": f"{platform.python_version()} ({sys.executable})",
@@ -60,7 +65,7 @@ def diagnose() -> dict[str, Any]:
         "evaluation_data": str(data) if data else None,
         "packages": packages | {name: version for name, version in optional.items() if version},
         "missing": {name: use for name, use in OPTIONAL.items() if optional[name] is None},
-        "problems": problems + kernel_problems,
+        "problems": problems + kernel_problems + data_problems,
     }
 
 

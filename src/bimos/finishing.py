@@ -57,7 +57,7 @@ def finish(
             if key in ("data", "sequence_length", "seed", "initialise", "blocks", "distill", "loss")
         },
         "budget": {stage["name"]: f"{stage['tokens']:,} tokens, {stage['seconds'] / 60:.1f} minutes" for stage in stages},
-        "perplexity": quality,
+        "perplexity": {name: {k: v for k, v in found.items() if k not in ("losses", "text")} for name, found in quality.items()},
         "versions": provenance()["versions"],
     }
     save_packed(student, tokenizer, output, overwrite=True, card=card)

@@ -7,7 +7,6 @@ hold linears; every `nn.Linear` inside them is converted, the head and whatever 
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from transformers.utils.quantization_config import GgufConfig
 from bimos.errors import BimosError
 from bimos.kernels import native
 from bimos.packing.integrity import check_depth
+from bimos.packing.pack import not_causal
 
 
 def _source(model: str | Path) -> tuple[str, dict[str, Any]]:
@@ -57,7 +57,7 @@ def load_config(model: str | Path) -> PretrainedConfig:
     source, extra = _source(model)
     try:
         return AutoConfig.from_pretrained(source, **extra)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers checks values by another library's dataclasses, and some by using them
         raise _explain(model, error) from None
 
 
@@ -86,7 +86,7 @@ def load_model(model: str | Path, dtype: torch.dtype | str = "auto") -> PreTrain
     except BimosError:
         raise
     except Exception as error:  # safetensors, json and torch each have their own; all mean that it cannot be read
-        if isinstance(error, (MemoryError, KeyboardInterrupt)):
+        if isinstance(error, MemoryError):
             raise
         raise _explain(model, error) from error
     if extra and hasattr(loaded.config, "quantization_config"):
@@ -134,8 +134,8 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    except ValueError:  # an encoder, say
-        raise BimosError(f"a model of type '{config.model_type}' is no causal language model; there is nothing to binarize") from None
+    except Exception as error:
+        raise not_causal(config, error) from None
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -192,11 +192,3 @@ def has_experts(model: nn.Module, blocks: nn.Module) -> bool:
 
 def _ends(name: str, ending: str) -> bool:
     return name == ending or name.endswith("." + ending)
-
-
-def data_root() -> Path | None:
-    """Folder of evaluation sets and texts: `BIMOS_DATA`, or `../shared/data` beside a checkout; None if there is none."""
-    if "BIMOS_DATA" in os.environ:
-        return Path(os.environ["BIMOS_DATA"]).expanduser()
-    beside = Path(__file__).parents[2].parent / "shared" / "data"
-    return beside if beside.is_dir() else None

@@ -70,6 +70,13 @@ def test_data_directory_must_exist_when_named(tmp_path, monkeypatch):
         data_directory()
 
 
+def test_data_directory_in_a_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    monkeypatch.setenv("BIMOS_DATA", "~/data")
+    assert data_directory() == tmp_path / "data"
+
+
 def test_data_directory_beside_the_checkout(tmp_path, monkeypatch):
     monkeypatch.delenv("BIMOS_DATA", raising=False)
     monkeypatch.setattr(texts, "__file__", str(tmp_path / "repo/src/bimos/evaluation/texts.py"))

@@ -15,8 +15,8 @@ from bimos import BimosError
 from bimos.methods import InputStatistics, method_config
 from bimos.methods.billm import MOST_SALIENT, BiLLMLinear, binarize_block, break_point, salient_count
 from bimos.methods.compensation import inverse_factor
-from bimos.packing.convert import _dense_weight
 from bimos.packing.linear import PackedLinear
+from bimos.packing.unpack import dense_weight
 from correlated import correlated_inputs, linear, relative_output_error, statistics_of
 
 
@@ -90,7 +90,7 @@ def test_blocks_behind_make_good_what_is_lost(width: int) -> None:
         lost = w[:, start:end] - block.weight()
         w[:, end:] -= lost @ inverse[: end - start, : end - start].inverse() @ inverse[: end - start, end - start :]
     layer = started(original, statistics, block_size=16)
-    actual = _dense_weight(PackedLinear.from_tensors(layer.pack(), layer.group_size))
+    actual = dense_weight(PackedLinear.from_tensors(layer.pack(), layer.group_size))
     torch.testing.assert_close(actual, torch.cat(expected, 1), rtol=0, atol=1e-3)
 
 
@@ -118,7 +118,7 @@ def test_zeros_and_a_single_value() -> None:
     with torch.no_grad():
         original.weight[0], original.weight[1] = 0, 0.25
     layer = started(original, InputStatistics.uninformed(32), block_size=16)
-    weight = _dense_weight(PackedLinear.from_tensors(layer.pack(), layer.group_size))
+    weight = dense_weight(PackedLinear.from_tensors(layer.pack(), layer.group_size))
     assert torch.isfinite(weight).all()
     assert not weight[0].any() and torch.equal(weight[1], torch.full((32,), 0.25))
 

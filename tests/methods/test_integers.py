@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bimos import BimosError
 from bimos.methods import InputStatistics, method_config
-from bimos.packing.convert import _dense_weight
 from bimos.packing.linear import PackedLinear
+from bimos.packing.unpack import dense_weight
 from correlated import correlated_inputs, linear, relative_output_error, statistics_of
 
 
@@ -29,7 +29,7 @@ def rounded(w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 def packed_weight(method: str, original: Any, statistics: InputStatistics, **options: Any) -> Tensor:
     config = method_config(method, options)
     layer = config.layer.from_linear(original, config, statistics, torch.Generator())
-    return _dense_weight(PackedLinear.from_tensors(layer.pack(), layer.group_size))
+    return dense_weight(PackedLinear.from_tensors(layer.pack(), layer.group_size))
 
 
 @pytest.mark.parametrize(("n_in", "group"), [(32, 16), (40, 16), (24, 64)])  # whole groups, a short last one, one only

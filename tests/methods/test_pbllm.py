@@ -10,8 +10,8 @@ import torch
 from bimos import BimosError
 from bimos.methods import InputStatistics, method_config
 from bimos.methods.pbllm import PBLLMLinear
-from bimos.packing.convert import _dense_weight
 from bimos.packing.linear import PackedLinear
+from bimos.packing.unpack import dense_weight
 from correlated import correlated_inputs, linear, relative_output_error, statistics_of
 
 
@@ -25,7 +25,7 @@ def started(original: Any, statistics: InputStatistics, **options: Any) -> PBLLM
 def test_without_correlations_it_is_the_equations() -> None:
     original = linear(64, 16)
     w = original.weight.detach()
-    weight = _dense_weight(PackedLinear.from_tensors(started(original, InputStatistics.uninformed(64)).pack()))
+    weight = dense_weight(PackedLinear.from_tensors(started(original, InputStatistics.uninformed(64)).pack()))
     salient = torch.zeros(16 * 64, dtype=torch.bool)
     salient[w.abs().flatten().topk(102).indices] = True  # a tenth of 1,024, whatever their rows
     salient = salient.view(16, 64)
@@ -51,7 +51,7 @@ def test_each_column_makes_good_those_before_it() -> None:
         result[:, j] = torch.where(salient[:, j], sign + step * code, sign)
         w = w - ((w[:, j] - result[:, j]) / inverse[j, j])[:, None] * inverse[j]
         inverse = inverse - inverse[:, j : j + 1] * inverse[j : j + 1] / inverse[j, j]
-    actual = _dense_weight(PackedLinear.from_tensors(layer.pack()))
+    actual = dense_weight(PackedLinear.from_tensors(layer.pack()))
     assert ((actual - result).abs() < 1e-3).float().mean() > 0.95  # a sign that was a near thing
 
 

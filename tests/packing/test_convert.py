@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bimos.errors import BimosError
 from bimos.packing.checkpoint import save_packed
-from bimos.packing.convert import convert, unpack
+from bimos.packing.convert import convert
 from bimos.packing.integrity import verify
+from bimos.packing.unpack import unpack
 
 Make = Callable[..., PreTrainedModel]
 
@@ -107,13 +108,18 @@ def test_zero_latents_are_reported(release: Any, tmp_path: Path) -> None:
         (lambda c, t: c.update(num_expert=3), "of 3 experts"),
         (lambda c, t: t.pop("model.layers.1.mlp.up_proj.gate_linear.weight"), r"'model\.layers\.1\.mlp\.up_proj' has not"),
         (lambda c, t: t.pop("model.layers.1.mlp.up_proj.weight"), r"'model\.layers\.1\.mlp\.up_proj' has not"),
+        (
+            lambda c, t: t.update({k.replace("layers.1", "layers.7"): v.clone() for k, v in t.items()}),
+            r"'model\.layers\.7\..*' has not|which the model",
+        ),
+        (lambda c, t: t["model.layers.1.mlp.up_proj.weight"].fill_(float("nan")), r"'model\.layers\.1\.mlp\.up_proj'"),
+        (lambda c, t: t.update({"model.embed_tokens.weight": torch.zeros(7, 64)}), "disagree"),
+        (lambda c, t: c.update(hidden_size="abc"), "cannot read the config"),
         (lambda c, t: t.pop("model.norm.weight"), r"lacks 1 tensors of the model, such as 'model\.norm\.weight'"),
         (lambda c, t: [t.pop(k) for k in list(t) if "channel_scale" in k], "no in_channel_scale"),
     ],
 )
 def test_other_checkpoints_are_refused(change: Any, message: str, release: Any, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     source, _ = release("mistral", 2)
     config, tensors = json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors")
     change(config, tensors)
@@ -131,6 +137,20 @@ def test_unreadable_sources(tmp_path: Path, release: Any) -> None:
     for output in (source, source.parent):
         with pytest.raises(BimosError, match="which is read"):
             convert(source, output, overwrite=True)
+    tensors = load_file(source / "model.safetensors")
+    torch.save(tensors, source / "pytorch_model.bin", _use_new_zipfile_serialization=False)  # as torch before 1.6 wrote them
+    (source / "model.safetensors").rename(source / "aside")
+    convert(source, tmp_path / "old")
+    for content in ([1, 2], {"a": 1}, {"a": Path("x")}):
+        torch.save(content, source / "pytorch_model.bin")
+        with pytest.raises(BimosError, match=r"pytorch_model\.bin' is missing, truncated or corrupt") as error:
+            convert(source, tmp_path / "out")
+        assert "\n" not in str(error.value)
+    (source / "pytorch_model.bin").unlink()
+    (source / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(BimosError, match=r"index\.json' is corrupt"):
+        convert(source, tmp_path / "out")
+    (source / "model.safetensors.index.json").unlink()
     (source / "model.safetensors").write_bytes(b"short")
     with pytest.raises(BimosError, match="truncated or corrupt"):
         convert(source, tmp_path / "out")

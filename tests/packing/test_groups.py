@@ -18,10 +18,10 @@ from bimos.errors import BimosError
 from bimos.kernels import native
 from bimos.packing import integrity
 from bimos.packing.checkpoint import save_packed
-from bimos.packing.convert import unpack
 from bimos.packing.layout import Layout
 from bimos.packing.linear import PackedLinear
 from bimos.packing.sizes import size_report
+from bimos.packing.unpack import unpack
 from levels import LEVELS
 
 Make = Callable[..., PreTrainedModel]

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from bimos.errors import BimosError
+from bimos.packing import mapped
 from bimos.packing.embedding import Int8Embedding, TiedInt8Head
 from bimos.packing.hf import BimosConfig
 from bimos.packing.linear import PackedLinear
@@ -157,6 +158,45 @@ def test_embeddings_that_training_untied(student: Make, ids: Tensor, tmp_path: P
         model = pack_model(model, method="any", options={}, embedding_bits=bits)
         model.save_pretrained(tmp_path / str(bits))
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / str(bits)), ids), logits(model, ids))
+        assert torch.equal(mapped.load(tmp_path / str(bits)).get_output_embeddings().weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("untied", [False, True])
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize(
+    "change",
+    [{"tie_word_embeddings": None}, {"num_hidden_layers": 1}, {"embedding_bits": None}, {"group_size": 30}, {"modules_to_not_convert": []}],
+    ids=lambda change: next(iter(change)),
+)
+def test_configs_that_describe_another_model(
+    change: dict[str, Any], bits: int, untied: bool, student: Make, tmp_path: Path, ids: Tensor
+) -> None:
+    """Values that leave every shape as it is, or tensors without a place: both loaders refuse, and neither draws weights at random."""
+    model = student("llama", group=24) if "group_size" in change else student("llama")
+    if untied:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * 2)
+    pack_model(model, method="any", options={}, embedding_bits=bits).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    description = values["quantization_config"]
+    for key, value in change.items():
+        where = description if key in description else values
+        before = where[key]
+        where[key] = {"tie_word_embeddings": untied, "embedding_bits": 24 - bits}.get(key, value)
+        assert where[key] != before
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    for loader in (AutoModelForCausalLM.from_pretrained, mapped.load):
+        if untied and bits == 16 and "tie_word_embeddings" in change and loader is not mapped.load:
+            assert torch.equal(logits(loader(tmp_path), ids), logits(model, ids))  # transformers sees that the files have both
+            continue
+        with pytest.raises(BimosError, match=r"config\.json") as error:
+            loader(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_head_of_another_task_is_not_packed(packed: Make, ids: Tensor, tmp_path: Path) -> None:
+    packed("llama", embedding_bits=8).save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert type(model.score) is nn.Linear and isinstance(model.model.layers[0].mlp.up_proj, PackedLinear)
 
 
 def test_keys_of_the_config_survive(packed: Make, tmp_path: Path) -> None:

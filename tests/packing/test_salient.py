@@ -17,12 +17,12 @@ from bimos.errors import BimosError
 from bimos.kernels import native
 from bimos.packing import mapped
 from bimos.packing.checkpoint import save_packed
-from bimos.packing.convert import unpack
 from bimos.packing.format import pack_signs, unpack_signs
 from bimos.packing.layout import Layout
 from bimos.packing.linear import PackedLinear
 from bimos.packing.pack import pack_model
 from bimos.packing.sizes import size_report
+from bimos.packing.unpack import unpack
 
 
 def salient_tensors(n_in: int = 40, n_out: int = 9, group: int = 16, seed: int = 0) -> dict[str, Tensor]:

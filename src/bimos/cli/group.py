@@ -86,10 +86,11 @@ def console(json_file: Path | None = None) -> Console:
 def _writable(path: Path | None) -> Path | None:
     """A result that takes an hour must not be lost to a typing error in the name of its file."""
     if path is not None and str(path) != "-":
-        folder = path.absolute().parent
+        folder = path.resolve().parent
         if not folder.is_dir():
             raise BimosError(f"--json {path}: there is no folder '{folder}'; make it first")
-        if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        replaced = path.is_file() or not path.exists()  # by a new file, and the folder must take it
+        if path.is_dir() or not all(os.access(place, os.W_OK) for place in [folder] * replaced + [path] * path.exists()):
             raise BimosError(f"--json {path}: cannot write there; give another file")
     return path
 
@@ -113,7 +114,9 @@ Activation = Annotated[str, typer.Option(metavar="HOW", help="exact, or int8: fa
 def write_result(path: Path | None, result: dict[str, Any]) -> None:
     """The command's result as JSON, where `--json` asks for it."""
     if str(path) == "-":
-        print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+        from bimos.evaluation.versions import plain
+
+        print(json.dumps(plain(result), indent=2, ensure_ascii=False, allow_nan=False))
     elif path is not None:
         from bimos.evaluation.versions import write_json
 

@@ -42,7 +42,7 @@ def quantize(
     ] = None,
     tokens: Annotated[int | None, typer.Option(metavar="N", help="Budget: tokens of end-to-end distillation.")] = None,
     minutes: Annotated[float | None, typer.Option(metavar="N", help="Budget: minutes of all stages together.")] = None,
-    embedding_bits: Annotated[int | None, typer.Option(metavar="8|16", help="Embeddings and head: int8 by row, or as they are.")] = None,
+    embedding_bits: Annotated[int | None, typer.Option(metavar="8|16", help="Embeddings and head: int8 by row, or bfloat16.")] = None,
     low_memory: Annotated[
         bool, typer.Option("--low-memory", metavar="", help="Of the model, one block in memory at a time; no distillation.")
     ] = False,
@@ -124,16 +124,16 @@ def unpack(
     quiet()
     import torch
 
-    from bimos.packing import convert
+    from bimos.packing.unpack import unpack as write_dense
 
-    convert.unpack(model, output, dtype=getattr(torch, dtype.value), approximate=approximate, overwrite=overwrite)
+    write_dense(model, output, dtype=getattr(torch, dtype.value), approximate=approximate, overwrite=overwrite)
     console().print(f"written to {output}")
 
 
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A BinaryMoS checkpoint as its authors release them.", show_default=False)],
     output: Output,
-    embedding_bits: Annotated[int, typer.Option(metavar="8|16", help="Embeddings and head: int8 by row, or as they are.")] = 16,
+    embedding_bits: Annotated[int, typer.Option(metavar="8|16", help="Embeddings and head: int8 by row, or float16 as they come.")] = 16,
     overwrite: Overwrite = False,
     json: Json = None,
 ) -> None:

@@ -56,6 +56,10 @@ def evaluate(
     if names:
         check_tasks(expand(names))
     texts = [load_text(name) for name in show.split(ppl or (None if tasks else "wikitext2"))]  # before the model: it may be missing
+    if len({text.name for text in texts}) < len(texts):
+        raise BimosError(f"--ppl {ppl}: two of these texts have one name; rename a file")
+    if not texts and not names:
+        raise BimosError("nothing to measure: name texts with --ppl, such as wikitext2, or --tasks")
     started = time.monotonic()
     loaded, tokenizer = load_to_measure(model), load_tokenizer(model)
     set_activation(loaded, activation)
@@ -140,7 +144,7 @@ def info(model: Model, json: Json = None) -> None:
     result: dict[str, Any] = {"model": model}
     if Path(model).expanduser().is_dir():
         directory = Path(model).expanduser()
-        packing = read_config(directory).get("quantization_config") or {}
+        packing = (read_config(directory).get("quantization_config") if is_packed(directory) else None) or {}
         result |= size_report(directory)
         result |= {key: packing[key] for key in ("method", "options", "embedding_bits", "format_version") if key in packing}
         planes = sparsity_report(weight_files(directory), packing) if is_packed(directory) else None
@@ -151,8 +155,8 @@ def info(model: Model, json: Json = None) -> None:
     show.sizes(out, result)
     show.planes(out, result)
     if "method" in result:
-        options = ", ".join(f"{key}={value}" for key, value in result["options"].items())
-        out.print(f"method {result['method']} ({options or 'no options'}), embeddings in {result['embedding_bits']} bits")
+        options = ", ".join(f"{key}={value}" for key, value in dict(result.get("options") or {}).items())
+        out.print(f"method {result['method']} ({options or 'no options'}), embeddings in {result.get('embedding_bits', 16)} bits")
     write_result(json, result)
 
 

@@ -47,12 +47,19 @@ def generate(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, top_k, seed, min_p)
     if prompt == "-":
-        prompt = sys.stdin.read().rstrip("\n")
+        prompt = sys.stdin.buffer.read().decode("utf-8", "replace").rstrip("\n")
+    prompt = prompt.encode("utf-8", "replace").decode("utf-8")  # bytes of an argument that are not UTF-8 come as surrogates
     loaded, tokenizer = _load(model, seed, head_bits, cache_bits, activation)
     out = sys.stderr if str(json) == "-" else sys.stdout
-    out.write(prompt)
-    text = continue_text(loaded, tokenizer, prompt, sampling, lambda piece: _say(piece, out))
-    print(file=out)
+    begun = False
+
+    def say(piece: str) -> None:
+        nonlocal begun
+        _say(piece if begun else prompt + piece, out)
+        begun = True
+
+    text = continue_text(loaded, tokenizer, prompt, sampling, say)
+    print("" if begun else prompt, file=out)
     write_result(json, {"model": model, "prompt": prompt, "text": text, "seed": seed})
 
 

@@ -51,9 +51,10 @@ def data_directory() -> Path | None:
         BimosError: `BIMOS_DATA` names a folder that does not exist.
     """
     if given := os.environ.get("BIMOS_DATA"):
-        if not Path(given).is_dir():
+        folder = Path(given).expanduser()
+        if not folder.is_dir():
             raise BimosError(f"BIMOS_DATA='{given}' is not a folder; unset it or name the folder that holds wikitext2/, c4/ and zeroshot/")
-        return Path(given)
+        return folder
     checkout = Path(__file__).resolve().parents[3]
     beside = checkout.parent / "shared" / "data"
     return beside if beside.is_dir() else None

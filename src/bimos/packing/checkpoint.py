@@ -27,8 +27,9 @@ from bimos.errors import BimosError
 from bimos.packing.hf import BimosConfig
 from bimos.packing.sizes import size_report
 
-_CHECKPOINT_SUFFIXES = {".safetensors", ".json", ".bin", ".model", ".txt", ".jinja", ".md", ".py"}
-_CHECKPOINT_FOLDERS = {"additional_chat_templates"}
+_CHECKPOINT_SUFFIXES = {".safetensors", ".json", ".bin", ".model", ".jinja"}
+_CHECKPOINT_NAMES = {"README.md", "merges.txt", "vocab.txt", "report.html"}  # what transformers and bimos write besides
+_CHECKPOINT_FOLDERS = {"additional_chat_templates", "runs"}
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -220,7 +221,9 @@ def _discard(directory: Path, heir: Path) -> None:
         return
     if heir.is_dir():
         for entry in directory.iterdir():
-            known = entry.name in _CHECKPOINT_FOLDERS if entry.is_dir() else entry.suffix in _CHECKPOINT_SUFFIXES
+            known = entry.name in (_CHECKPOINT_FOLDERS if entry.is_dir() else _CHECKPOINT_NAMES) or (
+                entry.is_file() and entry.suffix in _CHECKPOINT_SUFFIXES
+            )
             if not known and not (heir / entry.name).exists():
                 os.rename(entry, heir / entry.name)
     shutil.rmtree(directory)

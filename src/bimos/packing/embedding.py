@@ -150,12 +150,8 @@ def quantize_embeddings(model: Any) -> list[str]:
     tied = False
     if head is not None:
         replaced.append(names[id(head)])
-        if embedding.weight.device.type == "meta":  # while transformers loads, ties are declared and not made yet
-            tied = f"{replaced[1]}.weight" in model.all_tied_weights_keys
-        else:
-            tied = head.weight is embedding.weight
-            # A loader has nothing but the config to go by.
-            model.config.get_text_config(decoder=True).tie_word_embeddings = model.config.tie_word_embeddings = tied
+        loading = embedding.weight.device.type == "meta"  # ties are declared then, and not made yet
+        tied = f"{replaced[1]}.weight" in model.all_tied_weights_keys if loading else record_tie(model)
     new = _int8_embedding(embedding)
     model.set_submodule(replaced[0], new)
     if head is None:
@@ -167,6 +163,15 @@ def quantize_embeddings(model: Any) -> list[str]:
         ties = getattr(model, attribute) or {}
         setattr(model, attribute, {target: source for target, source in ties.items() if not target.startswith(replaced[1] + ".")})
     return replaced
+
+
+def record_tie(model: Any) -> bool:
+    """Whether the head is the embedding, as the modules have it; the config says so from now on: a loader has nothing else to go by."""
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    if head is not None:
+        model.config.get_text_config(decoder=True).tie_word_embeddings = model.config.tie_word_embeddings = tied
+    return tied
 
 
 def _int8_embedding(embedding: nn.Embedding) -> Int8Embedding:

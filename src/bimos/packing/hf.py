@@ -7,6 +7,7 @@ loader fills them. Saving: it adds checksums to the headers. Modules hold buffer
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bimos.errors import BimosError
 from bimos.packing.embedding import quantize_embeddings
-from bimos.packing.integrity import METADATA_KEY, checksums, read_headers, verify_files
-from bimos.packing.layout import Layout, check_description, compare, layout_of
+from bimos.packing.integrity import DESCRIPTION_KEY, DTYPES, METADATA_KEY, check_same_description, checksums, read_headers, verify_files
+from bimos.packing.layout import Layout, check_description, compare, description_sum, layout_of
 from bimos.packing.linear import PackedLinear
+
+FLOATS = ("F16", "BF16", "F32")  # which a loader may widen or narrow
 
 
 @register_quantization_config("bimos")
@@ -87,14 +90,16 @@ class BimosQuantizer(HfQuantizer):
             verify_files(checkpoint_files)
             headers = read_headers(checkpoint_files)
         install_packed_modules(model, self.quantization_config, headers)
-        if headers is not None:
+        if checkpoint_files is not None and headers is not None:
             _check_complete(model, headers)
+            check_same_description(checkpoint_files, description_sum(self.quantization_config.__dict__))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Checksums of exactly the tensors that `save_pretrained` is about to write."""
         tensors = {name: t for name, t in model.state_dict().items() if name not in (model._keys_to_ignore_on_save or ())}
-        return None, {METADATA_KEY: checksums(remove_tied_weights_from_state_dict(tensors, model))}
+        sums = checksums(remove_tied_weights_from_state_dict(tensors, model))
+        return None, {METADATA_KEY: sums, DESCRIPTION_KEY: description_sum(self.quantization_config.__dict__)}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Files have the modules' own names: what fuses or renames dense weights must not touch planes."""
@@ -124,7 +129,9 @@ def install_packed_modules(model: Any, config: BimosConfig, headers: dict[str, t
     # Names in the config are those of the model with its head; a bare base model has no prefix.
     prefix = "" if hasattr(model, model.base_model_prefix) else model.base_model_prefix + "."
     kept = set(config.modules_to_not_convert)
+    base = model.base_model_prefix + "." if model.base_model_prefix else ""  # a classifier's own head, say, is not packed
     linears = [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear and prefix + name not in kept]
+    linears = [(name, m) for name, m in linears if (prefix + name).startswith(base)]
     with torch.device("meta"):
         for name, linear in linears:
             layout = config.layout(prefix + name, linear.bias is not None)
@@ -140,15 +147,30 @@ def install_packed_modules(model: Any, config: BimosConfig, headers: dict[str, t
 
 
 def _check_complete(model: Any, headers: dict[str, tuple[tuple[int, ...], str]]) -> None:
-    """Raises BimosError: the files lack a tensor of the decoder, which would be drawn at random, or have it in another shape."""
+    """Files and model have the same tensors, but for heads that are not a language model's.
+
+    Raises:
+        BimosError: the files lack one, which would be drawn at random, have it in another shape or kind of dtype, or hold one that the
+            model that config.json describes has no place for.
+    """
     base = model.base_model_prefix + "."
     prefix = "" if hasattr(model, model.base_model_prefix) else base
+    head = model.get_output_embeddings()
+    heads = tuple(f"{name}." for name, module in model.named_modules() if head is not None and module is head)
+    places = set()
     for name, tensor in model.state_dict().items():
         own = prefix + name
-        if own.startswith(base) and name not in (model.all_tied_weights_keys or {}):
-            expected, found = tuple(tensor.shape), headers.get(own, (None,))[0]
-            if found != expected:
+        places.add(own)
+        if own.startswith((base, *heads)) and name not in (model.all_tied_weights_keys or {}):
+            expected, found = (tuple(tensor.shape), DTYPES.get(tensor.dtype)), headers.get(own)
+            alike = found is not None and (found[1] == expected[1] or (tensor.is_floating_point() and found[1] in FLOATS))
+            if found is None or found[0] != expected[0] or not alike:
                 raise BimosError(f"config.json and weights disagree on '{own}' ({expected} and {found}); copy the checkpoint again")
+    if head is not None:
+        ignored = [*(model._keys_to_ignore_on_load_unexpected or ())]
+        left = sorted(name for name in headers.keys() - places if not any(re.search(pattern, name) for pattern in ignored))
+        if left:
+            raise BimosError(f"config.json has no place for '{left[0]}', which is among the weights; copy the checkpoint again")
 
 
 def attach(model: Any, config: BimosConfig) -> None:

@@ -23,6 +23,7 @@ from bimos.errors import BimosError
 
 FORMAT_VERSION = 2  # 1 has neither offsets of groups nor a last group that is shorter; a checkpoint without them still says 1
 METADATA_KEY = "bimos.crc32"
+DESCRIPTION_KEY = "bimos.description"  # in the header, too: a sum over what config.json says of packed linears (`layout.description_sum`)
 DTYPES = {  # names that safetensors headers use; it stores tensors from the last of these to the first
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
@@ -117,6 +118,14 @@ def tensors_of(paths: Iterable[str | Path]) -> dict[str, Tensor]:
         if value != expected[8 * position : 8 * position + 8]:
             raise BimosError(f"'{origin[name]}' is corrupt: the checksum of '{name}' does not match; copy the checkpoint again")
     return tensors
+
+
+def check_same_description(paths: Iterable[str | Path], description: str) -> None:
+    """Raises BimosError: weights were saved with another description than config.json has; files of earlier versions do not say."""
+    for file in paths:
+        with _open(file) as weights:
+            if (weights.metadata() or {}).get(DESCRIPTION_KEY, description) != description:
+                raise BimosError(f"config.json does not describe the weights of '{file}' as they were saved; copy the checkpoint again")
 
 
 def _sums(tensors: Mapping[str, Tensor]) -> Iterator[str]:

@@ -7,6 +7,8 @@ With them every `PackedLinear` can be built before a weight is read.
 from __future__ import annotations
 
 import dataclasses
+import json
+import zlib
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Self
@@ -19,6 +21,10 @@ from bimos.packing.groups import GROUPED, SCALES, count_groups
 from bimos.packing.integrity import DTYPES, check_format_version
 from bimos.packing.salient import SALIENT, SPARSE
 
+DESCRIBING: dict[str, Any] = {
+    **{"planes": 1, "experts": 1, "group_size": None, "sparse": None, "tensors": {}},
+    **{"modules": {}, "modules_to_not_convert": [], "embedding_bits": 16},
+}
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -156,6 +162,12 @@ def check_description(values: Mapping[str, Any]) -> None:
         raise BimosError(f"embedding_bits={values.get('embedding_bits')}: must be 8 or 16")
     for name in (None, *_modules(values)):
         layout_of(values, name, True)
+
+
+def description_sum(values: Mapping[str, Any]) -> str:
+    """Eight hex digits over all that a `quantization_config` says of tensors: some of it no shape would show."""
+    said = {key: values.get(key, default) for key, default in DESCRIBING.items()}
+    return f"{zlib.crc32(json.dumps(said, sort_keys=True).encode()):08x}"
 
 
 def compare(name: str, shapes: Shapes, headers: Mapping[str, tuple[tuple[int, ...], str]]) -> None:

@@ -20,8 +20,8 @@ from torch import Tensor
 from bimos.errors import BimosError
 from bimos.packing.embedding import Int8Embedding, Int8Head, TiedInt8Head
 from bimos.packing.family import FamilyConfig, Unknown
-from bimos.packing.integrity import DTYPES, check_format_version, read_config, tensors_of, weight_files
-from bimos.packing.layout import check_description, compare, layout_of
+from bimos.packing.integrity import DTYPES, check_format_version, check_same_description, read_config, tensors_of, weight_files
+from bimos.packing.layout import check_description, compare, description_sum, layout_of
 from bimos.packing.linear import PackedLinear
 from bimos.packing.rotary import frequencies
 
@@ -70,13 +70,17 @@ def load(directory: str | Path) -> MappedModel:
         inverse, scaling = frequencies(config.rope_parameters, config.head_dim)
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise Unknown(f"rotary embedding {error}") from None
-    tensors = {name: _aligned(tensor) for name, tensor in tensors_of(weight_files(directory)).items()}
+    files = weight_files(directory)
+    tensors = {name: _aligned(tensor) for name, tensor in tensors_of(files).items()}
     reader = _Reader(config, description, tensors)
     layers = [reader.block(index) for index in range(config.num_hidden_layers)]
     rotary = SimpleNamespace(inv_freq=inverse, attention_scaling=scaling, rope_type=config.rope_parameters["rope_type"])
     inner = SimpleNamespace(layers=layers, norm=reader.norm("model.norm", config.hidden_size), rotary_emb=rotary)
     embedding = reader.table("model.embed_tokens")
     head = reader.tied(embedding) if config.tie_word_embeddings else reader.table("lm_head", head=True)
+    if left := sorted(tensors.keys() - reader.used):
+        raise BimosError(f"config.json has no place for '{left[0]}', which is among the weights; copy the checkpoint again")
+    check_same_description(files, description_sum(description))
     return MappedModel(config, _generation(directory, values), inner, embedding, head)
 
 
@@ -90,6 +94,7 @@ class _Reader:
         if not isinstance(kept, list):
             raise BimosError("config.json does not describe packed linears (modules_to_not_convert); get the checkpoint again")
         self.kept = kept
+        self.used: set[str] = set()
 
     def block(self, index: int) -> Any:
         config, prefix = self.config, f"model.layers.{index}"
@@ -112,10 +117,12 @@ class _Reader:
         """None where it is not packed."""
         full = f"{prefix}.{name}"
         if full in self.kept:
+            self.used |= {f"{full}.weight", f"{full}.bias"}
             return None
         layout = layout_of(self.description, full, self.config.has_bias(name))
         shapes = layout.shapes(n_in, n_out)
         compare(full, shapes, self.headers)
+        self.used |= {f"{full}.{key}" for key in shapes}
         return PackedLinear.from_tensors({key: self.tensors[f"{full}.{key}"] for key in shapes}, layout.group_size)
 
     def norm(self, name: str, size: int) -> Any:
@@ -127,6 +134,7 @@ class _Reader:
         if self.description["embedding_bits"] == 16:
             return SimpleNamespace(weight=self._floats(f"{name}.weight", shape))
         compare(name, {"weight": (shape, torch.int8), "scale": ((shape[0], 1), torch.float16)}, self.headers)
+        self.used |= {f"{name}.weight", f"{name}.scale"}
         pair = self.tensors[f"{name}.weight"], self.tensors[f"{name}.scale"]
         return Int8Head(*pair) if head else Int8Embedding(*pair, torch.float32)
 
@@ -137,6 +145,7 @@ class _Reader:
         found = self.headers.get(name)
         if found is None or found[0] != shape or found[1] not in _FLOATS:
             raise BimosError(f"config.json and weights disagree on '{name}' ({shape} and {found}); copy the checkpoint again")
+        self.used.add(name)
         return self.tensors[name]
 
 

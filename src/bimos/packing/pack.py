@@ -12,7 +12,7 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from bimos.errors import BimosError
-from bimos.packing.embedding import quantize_embeddings
+from bimos.packing.embedding import quantize_embeddings, record_tie
 from bimos.packing.hf import BimosConfig, attach
 from bimos.packing.layout import Layout, common_layout
 from bimos.packing.linear import PackedLinear
@@ -59,6 +59,8 @@ def pack_model(
     restore_rotary(model)
     if embedding_bits == 8:
         quantize_embeddings(model)
+    else:
+        record_tie(model)
     config = describe(model, method=method, options=options, embedding_bits=embedding_bits)
     config.card = dict(card or {})
     attach(model, config)
@@ -94,8 +96,16 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except ValueError:  # an encoder, say
-        raise BimosError(f"a model of type '{config.model_type}' is no causal language model") from None
+    except Exception as error:
+        raise not_causal(config, error) from None
+
+
+def not_causal(config: PretrainedConfig, error: Exception) -> BimosError:
+    """What is wrong with a config that no model can be made of."""
+    if isinstance(error, ValueError) and "Unrecognized configuration class" in str(error):  # an encoder, say
+        return BimosError(f"a model of type '{config.model_type}' is no causal language model; there is nothing to binarize")
+    reason = " ".join(str(error).split())[:200]
+    return BimosError(f"config.json describes no model that can be made ({type(error).__name__}: {reason}); get it again")
 
 
 def load_dense_config(directory: str | Path) -> PretrainedConfig:
@@ -104,8 +114,8 @@ def load_dense_config(directory: str | Path) -> PretrainedConfig:
 
     try:
         return AutoConfig.from_pretrained(str(directory))
-    except (OSError, ValueError, KeyError) as error:
-        raise BimosError(f"cannot read '{directory}': {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # transformers checks values by dataclasses of another library, and some by using them
+        raise BimosError(f"cannot read the config of '{directory}': {' '.join(str(error).split())[:300] or type(error).__name__}") from None
 
 
 def restore_rotary(model: Any) -> None:

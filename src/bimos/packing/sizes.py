@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bimos.errors import BimosError
-from bimos.packing.integrity import DTYPES, METADATA_KEY, read_config, read_headers, weight_files
+from bimos.packing.integrity import DESCRIPTION_KEY, DTYPES, METADATA_KEY, check_depth, read_headers, weight_files
 from bimos.packing.pack import load_dense_config, skeleton
 
 LayoutOf = Callable[[int, int, bool], Mapping[str, tuple[tuple[int, ...], torch.dtype]]]
@@ -52,7 +52,7 @@ def size_report(
     if isinstance(source, str | Path):
         files = weight_files(source)
         stored = read_headers(files)
-        read_config(source)
+        check_depth(source)
         dense = skeleton(load_dense_config(source))
         unknown = sorted({dtype for _, dtype in stored.values()} - set(_ITEMSIZE))
         if unknown:
@@ -123,6 +123,8 @@ def _report(stored: Stored, dense: PreTrainedModel, total: int) -> dict[str, Any
     body_bytes = sum(_bytes(components.get(name, [])) for name in BODY)
     body_weights = sum(8 * shape[1] * shape[2] for shape in planes.values())
     parameters = sum(p.numel() for name, p in dense.named_parameters() if name not in dense.all_tied_weights_keys)
+    if not parameters:
+        raise BimosError(f"config.json of this {dense.config.model_type} describes a model without parameters; get it again")
     return {
         "total_bytes": total,
         "original_bytes": 2 * parameters,
@@ -140,7 +142,7 @@ def _bytes(entries: Collection[tuple[tuple[int, ...], str]]) -> int:
 
 def _header_bytes(stored: Stored) -> int:
     """Size of the header that safetensors writes before these tensors, with our checksums in it."""
-    header: dict[str, Any] = {"__metadata__": {METADATA_KEY: "0" * (8 * len(stored)), "format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {METADATA_KEY: "0" * (8 * len(stored)), DESCRIPTION_KEY: "0" * 8, "format": "pt"}}
     end, order = 0, list(_ITEMSIZE)
     for name in sorted(stored, key=lambda name: (-order.index(stored[name][1]), name)):
         start, end = end, end + _bytes([stored[name]])

@@ -5,7 +5,7 @@
 
 * A file is `.txt`, `.jsonl`/`.json` (one JSON object a line, field `text` or chat `messages`), either also as `.gz`, or
   `.parquet` (column `text` or `messages`). A folder stands for every such file below it.
-* Paths that do not exist as given are looked up below the data folder (`bimos.models.data_root`: BIMOS_DATA).
+* Paths that do not exist as given are looked up below the data folder (`bimos.evaluation.texts.data_directory`: BIMOS_DATA).
 * `name` is a data set on the Hub, streamed, split `train`: `allenai/c4:en`, `Salesforce/wikitext:wikitext-2-raw-v1:0.2`.
   What exists on disk under that name wins.
 * `self` is text sampled from the teacher (see `bimos.training.selfdata`). A file of that name: `./self`.
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from bimos.errors import BimosError
-from bimos.models import data_root
+from bimos.evaluation.texts import data_directory
 
 TEXT_SUFFIXES = (".txt", ".txt.gz")
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
@@ -96,13 +96,13 @@ def _parse_source(name: str, weight: float) -> Source:
     hub, _, config = name.partition(":")
     if _HUB_NAME.fullmatch(hub) and not _FILE_NAME.fullmatch(hub):
         return Source(hub, "hub", weight, config=config or None)
-    below = data_root()
+    below = data_directory()
     where = f", neither here nor below '{below}'" if below else "; check the path, or set BIMOS_DATA to the folder it is below"
     raise BimosError(f"no such data file or folder: '{name}'{where}")
 
 
 def _locate(name: str) -> Path | None:
-    below = data_root()
+    below = data_directory()
     for path in (Path(name).expanduser(), *([below / name] if below else [])):
         if os.path.exists(path):
             return path.resolve()
