@@ -89,4 +89,4 @@ emulate: $(VENV)/.installed  ## every level of the kernels on emulated older pro
 	qemu-x86_64 -cpu Haswell build/emulate/levels avx2
 
 clean:  ## forget .venv and everything built
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist src/bimos/kernels/_native*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

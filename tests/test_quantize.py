@@ -18,6 +18,7 @@ from bimos.config import DEFAULT_MINUTES, LossConfig, RunConfig
 from bimos.evaluation.perplexity import perplexity
 from bimos.evaluation.texts import load_text
 from bimos.methods import method_config
+from bimos.models import load_to_measure
 from bimos.quantize import plan, run
 from bimos.resume import WORK
 from bimos.training.teacher import TopKCache
@@ -157,7 +158,7 @@ def test_result_and_report_are_left_behind(finished: tuple[dict[str, Any], Path]
 
 def test_the_measured_model_is_the_one_on_disk(finished: tuple[dict[str, Any], Path], text_file: Path) -> None:
     result, output = finished
-    model = AutoModelForCausalLM.from_pretrained(output)
+    model = load_to_measure(output)
     tokenizer = AutoTokenizer.from_pretrained(output)
     again = perplexity(model, tokenizer, text_file.read_text())
     assert again.value == pytest.approx(result["perplexity"][str(text_file)]["value"], rel=1e-3)
@@ -167,7 +168,7 @@ def test_untied_embeddings_in_8_bits(teacher_directory: Path, text_file: Path, t
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 320}
     untied = teacher_like(teacher_directory, tmp_path / "untied", **sizes, tie_word_embeddings=False)
     result = run(untied, tmp_path / "out", config(text_file, tokens=128), evaluate=[str(text_file)])
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = load_to_measure(tmp_path / "out")
     assert model.get_output_embeddings() is not None and not model.config.tie_word_embeddings
     again = perplexity(model, AutoTokenizer.from_pretrained(tmp_path / "out"), text_file.read_text())
     assert again.value == pytest.approx(result["perplexity"][str(text_file)]["value"], rel=1e-3)
@@ -220,13 +221,13 @@ def test_all_stages_of_other_methods(
     results = [plain, deviating]
     first = [next(stage for stage in result["stages"] if stage["name"] == "distill")["loss_first"] for result in results]
     assert first[1] > 1.05 * first[0]
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    loaded = load_to_measure(tmp_path / "plain")
     tensors = safetensors.torch.load_file(tmp_path / "plain" / "model.safetensors")
     linear = "model.layers.1.mlp.up_proj"
     assert f"{linear}.{planes}" in tensors and len(tensors[f"{linear}.weight"]) == len(loaded.get_submodule(linear).weight)
     tokenizer = AutoTokenizer.from_pretrained(teacher_directory)
     measured = perplexity(loaded, tokenizer, load_text(str(text_file))).value
-    assert plain["perplexity"][str(text_file)]["value"] == pytest.approx(measured, rel=1e-2)  # in bfloat16, or in float32
+    assert plain["perplexity"][str(text_file)]["value"] == pytest.approx(measured, rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["rtn2", "gptq2", "billm", "pbllm"])

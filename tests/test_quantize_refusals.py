@@ -85,6 +85,8 @@ def test_linears_that_do_not_fill_bytes(teacher_directory: Path, text_file: Path
 
 
 def test_a_packed_model_is_no_teacher(finished: tuple[dict[str, Any], Path], text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(BimosError, match="quantized already"):
+        plan(finished[1], config())
     refused("quantized already", finished[1], tmp_path / "out", config(text_file))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from bimos.evaluation.perplexity import perplexity
 from bimos.evaluation.report import write_report
 from bimos.evaluation.texts import load_text
 from bimos.evaluation.versions import provenance, write_json
+from bimos.kernels import native
 from bimos.methods import method_config
 from bimos.packing.checkpoint import save_packed
-from bimos.packing.embedding import quantize_embeddings
+from bimos.packing.embedding import Int8Embedding, quantize_embeddings
 from bimos.packing.pack import pack_model
 from bimos.packing.sizes import size_report
 from bimos.resume import WORK, discard
@@ -40,8 +42,9 @@ def finish(
     model, evaluate, work, method = facts["model"], facts["evaluate"], output / WORK, method_config(config.method, config.options)
     quality: dict[str, Any] = {}
     student = pack_model(student, method=config.method, options=method.to_dict(), embedding_bits=16, dtype=torch.bfloat16)
-    change = _embedding_change(student, tokenizer, evaluate, config.embedding_bits)
-    with Progress(console) as progress:
+    with _widened(student):
+        change = _embedding_change(student, tokenizer, evaluate, config.embedding_bits)
+    with Progress(console) as progress, _widened(student):
         for name in evaluate:
             text = load_text(name)
             for role, subject in (("value", student), ("teacher", teacher)):
@@ -81,12 +84,31 @@ def finish(
     return result
 
 
+@contextmanager
+def _widened(student: PreTrainedModel) -> Iterator[None]:
+    """Within it, what is kept in bfloat16 is in float32 where that is faster, as the teacher is then: not a value changes."""
+    dtype = native.fast_dtype(torch.bfloat16)
+
+    def take(wanted: torch.dtype, held: torch.dtype) -> None:
+        for parameter in student.parameters():
+            parameter.data = parameter.data.to(wanted) if parameter.dtype == held else parameter.data
+        for module in student.modules():
+            if isinstance(module, Int8Embedding):  # which goes by a buffer of no length
+                module.like = module.like.to(wanted)
+
+    take(dtype, torch.bfloat16)
+    try:
+        yield
+    finally:
+        take(torch.bfloat16, dtype)
+
+
 def _embedding_change(student: PreTrainedModel, tokenizer: Any, evaluate: Sequence[str], bits: int) -> dict[str, Any]:
     """Take the embeddings to `bits`, in place, and say what that did to the perplexity of the first text's first windows."""
     if bits == 16:
         return {}
     before = perplexity(student, tokenizer, load_text(evaluate[0]), windows=4) if evaluate else None
-    quantize_embeddings(student)
+    quantize_embeddings(student)  # exact values whatever they are held in
     student.config.quantization_config.embedding_bits = bits
     if before is None:
         return {}

@@ -106,6 +106,12 @@ def load_to_measure(model: str | Path) -> PreTrainedModel:
     return load_model(model, native.fast_dtype(stored) if isinstance(stored, torch.dtype) else "auto")
 
 
+def refuse_quantized(config: PretrainedConfig, model: str | Path) -> None:
+    """Raises BimosError: the model of this config is no original."""
+    if getattr(config, "quantization_config", None) is not None and not str(model).endswith(".gguf"):
+        raise BimosError(f"'{model}' is quantized already; start from the original model")
+
+
 def load_teacher(model: str | Path, dtype: torch.dtype | str | None = None) -> tuple[PreTrainedModel, Any]:
     """Teacher and tokenizer.
 
@@ -117,9 +123,7 @@ def load_teacher(model: str | Path, dtype: torch.dtype | str | None = None) -> t
         BimosError: it cannot be loaded, is quantized already, or has no linears to convert.
     """
     config = load_config(model)
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None and not str(model).endswith(".gguf"):
-        raise BimosError(f"'{model}' is quantized already; start from the original model")
+    refuse_quantized(config, model)
     teacher = load_model(model, dtype or torch.bfloat16)
     if dtype is None and native.fast_dtype(torch.bfloat16) != torch.bfloat16:
         # Widened, not read in float32: the same weights wherever it is loaded. Never narrowed so: that would round rotary frequencies.

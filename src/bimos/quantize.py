@@ -26,7 +26,7 @@ from bimos.errors import BimosError
 from bimos.finishing import finish
 from bimos.kernels import native
 from bimos.methods import MethodConfig, method_config
-from bimos.models import convertible_linears, empty_model, load_config, load_teacher, load_tokenizer
+from bimos.models import convertible_linears, empty_model, load_config, load_teacher, load_tokenizer, refuse_quantized
 from bimos.packing.pack import pack_model, restore_rotary
 from bimos.packing.sizes import size_report
 from bimos.processes import ALONE, Processes, are_several, current
@@ -48,7 +48,9 @@ def plan(model: str | Path, config: RunConfig, processes: int = 1) -> dict[str, 
         BimosError: no such model or method, or a model that cannot be binarized.
     """
     method = method_config(config.method, config.options)
-    empty = empty_model(load_config(model))
+    known = load_config(model)
+    refuse_quantized(known, model)
+    empty = empty_model(known)
     names = convertible_linears(empty, config.skip)
     sizes = size_report(empty, layout=method.packed_layout, converted=list(names), embedding_bits=config.embedding_bits)
     return {

@@ -28,14 +28,19 @@ class Commands(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return list(self.commands)
 
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super().make_context(*arguments, **options)
+        except UsageError as error:  # of `bimos` itself, before any command
+            raise _misused(error) from error
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except BimosError as error:
             raise _fail(str(error)) from error
         except UsageError as error:
-            asked = "" if error.ctx is None else f"; see {error.ctx.command_path} --help"
-            raise _fail(f"{error.format_message().rstrip('.')}{asked}") from error
+            raise _misused(error) from error
         except KeyboardInterrupt as error:
             print(f"\ninterrupted{CONTINUE.get(ctx.invoked_subcommand, '')}", file=sys.stderr)
             raise typer.Exit(130) from error
@@ -43,6 +48,11 @@ class Commands(TyperGroup):
             if disk_full(error):
                 raise _fail(DISK_FULL) from error
             raise
+
+
+def _misused(error: Any) -> typer.Exit:
+    asked = "" if error.ctx is None else f"; see {error.ctx.command_path} --help"
+    return _fail(f"{error.format_message().rstrip('.')}{asked}")
 
 
 def _fail(message: str) -> typer.Exit:
