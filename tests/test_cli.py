@@ -170,6 +170,12 @@ def test_json_goes_where_it_is_sent(tmp_path: Path) -> None:
         assert run("methods", "--json", tmp_path / "pipe").exit_code == 0
         assert "binarymos" in json.loads(reading.result(60))
     assert (tmp_path / "pipe").is_fifo()
+    reading_end, writing_end = os.pipe()  # as a shell's >(...) makes it
+    with ThreadPoolExecutor(1) as pool, open(reading_end) as source:
+        reading = pool.submit(source.read)
+        assert run("methods", "--json", f"/dev/fd/{writing_end}").exit_code == 0
+        os.close(writing_end)
+        assert "binarymos" in json.loads(reading.result(60))
 
 
 def test_what_json_cannot_say_is_null(capsys: pytest.CaptureFixture[str]) -> None:

@@ -231,6 +231,12 @@ def test_absurd_configs(key: str, value: Any, quantized: Path, teacher_directory
             result = run(command, directory, *more)
             if result.exit_code != 0:  # what does not use a value need not mind it
                 assert_refused(result)
+            uses = (command == "unpack" and key != "dtype") or key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+            assert result.exit_code == 2 or not uses, (command, key, value)
+
+
+def test_an_option_of_no_command() -> None:
+    assert_refused(run("--nope"), "--nope", "--help")
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,12 @@ def test_a_text_that_begins_alike_does_not_take_over_what_is_kept_of_another(pac
         list(engine.tokens([prompt], few, stop=False))
     assert read == [39, 29]  # the last token of a prompt is read by the step behind it, and kept like the others
     assert len(engine._kept) == 2
+    read.clear()
+    shared = text(50, 2)  # most of both, a system prompt say
+    for turn in range(3):
+        for seed in (3, 4):
+            list(engine.tokens([[*shared, *text(20, seed), *([7] * turn)]], few, stop=False))
+    assert read == [69, 19]
 
 
 def test_what_is_kept_is_bounded(packed: Packed) -> None:
@@ -215,6 +221,9 @@ def test_what_is_kept_is_bounded(packed: Packed) -> None:
 
 def test_an_error_gives_memory_back_and_an_interruption_keeps(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(packed("llama"), threads=1)
+    opened: list[int] = []
+    original = torch.ops.bimos.engine_open
+    monkeypatch.setattr(torch.ops.bimos, "engine_open", lambda engine: (opened.append(original(engine)), opened[-1])[1])
     for error, kept in ((RuntimeError, 0), (KeyboardInterrupt, 1)):
 
         def fail(*_: Any, error: type[BaseException] = error) -> None:
@@ -224,6 +233,9 @@ def test_an_error_gives_memory_back_and_an_interruption_keeps(packed: Packed, mo
             patched.setattr(torch.ops.bimos, "engine_next", fail)
             list(engine.tokens([text(10)], GREEDY))
         assert len(engine._kept) == kept
+        if not kept:
+            with pytest.raises(RuntimeError, match="no sequence"):
+                torch.ops.bimos.engine_tokens(engine._id, opened[-1])
 
 
 def test_ends_at_the_end_of_the_text(packed: Packed) -> None:

@@ -266,10 +266,33 @@ def test_a_kill_while_the_work_is_deleted(
     assert run(teacher_directory, output, config(text_file, tokens=128), overwrite=True)["stages"][1]["tokens"] == 128
 
 
-def test_two_runs_do_not_work_in_one_place(stopped: Path, teacher_directory: Path, text_file: Path) -> None:
+def test_two_runs_do_not_work_in_one_place(
+    stopped: Path, teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = contents(stopped)
     with held(stopped):
         for options in ({"resume": True}, {"overwrite": True}, {}):
             refused("another run works in", teacher_directory, stopped, config(text_file), **options)
-    assert contents(stopped) == before | {"work/.lock": b""}
+    assert contents(stopped) == before
+    began: list[str] = []
+
+    def load(*arguments: Any) -> None:  # long before there is a folder for the work
+        refused("another run works in", teacher_directory, tmp_path / "new", config(text_file))
+        began.append("loading")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(sys.modules["bimos.quantize"], "_load", load)
+        run(teacher_directory, tmp_path / "new", config(text_file))
+    assert began == ["loading"]
     assert run(teacher_directory, stopped, None, resume=True)["total_bytes"] > 0
+    assert not list(tmp_path.glob(".*.lock"))
+
+
+def test_a_folder_of_the_users_is_left_alone(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    for name in ("work.done", "runs"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "thesis.txt").write_text("mine")
+    refused("not empty", teacher_directory, tmp_path / "out", config(text_file))
+    run(teacher_directory, tmp_path / "out", config(text_file, tokens=128), overwrite=True)
+    assert all((tmp_path / "out" / name / "thesis.txt").read_text() == "mine" for name in ("work.done", "runs"))

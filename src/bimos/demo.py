@@ -114,22 +114,21 @@ def run(folder: Path, minutes: float, console: Console | None = None) -> dict[st
 
 def _interrupted(model: Path, config: dict[str, Any]) -> bool:
     """Whether an unfinished run with exactly this config lies in `model`."""
-    from bimos.resume import WORK
+    from bimos.resume import remembered
 
     try:
-        known = json.loads((model / WORK / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return bool(remembered(model) == json.loads(json.dumps(config)))
+    except BimosError:
         return False
-    return bool(known["config"] == json.loads(json.dumps(config)))
 
 
 def _is_of_demo(model: Path, teacher: str) -> bool:
-    """Whether what lies in `model` is a demonstration's, finished or not."""
+    """Whether what lies in `model` is a demonstration's, finished or not, wherever its folder was then."""
     from bimos.resume import WORK
 
     for path in (model / WORK / "run.json", model / "result.json"):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            return bool(json.loads(path.read_text(encoding="utf-8"))["model"] == teacher)
+            return Path(json.loads(path.read_text(encoding="utf-8"))["model"]).name == Path(teacher).name
     return False
 
 

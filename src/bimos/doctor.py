@@ -115,7 +115,10 @@ def _kernels() -> tuple[dict[str, str], list[str]]:
             if device == "CPU":
                 problem = native.problem
             elif op == "packed_linear":
-                problem = gpu.problem(torch.device("cuda", torch.cuda.current_device()))
+                try:
+                    problem = gpu.problem(torch.device("cuda", torch.cuda.current_device()))
+                except torch.OutOfMemoryError:
+                    problem = "no memory left on the GPU to try them"
             own = torch._C._dispatch_has_kernel_for_dispatch_key(f"bimos::{op}", device) and not problem
             why = f" ({kind} kernels: {problem})" if problem else ""
             used[f"{op} on {device}"] = f"{kind}, {version}" if own else f"reference in plain torch{why}"

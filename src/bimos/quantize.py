@@ -148,7 +148,8 @@ def run(
     with processes.guarded():
         console = console if processes.is_first else None
         place = chosen_device(device, processes)
-        return _run(model, Path(output).expanduser(), config, resume, overwrite, console, evaluate, processes, place)
+        with held(Path(output)) if processes.is_first else contextlib.nullcontext():
+            return _run(model, Path(output).expanduser(), config, resume, overwrite, console, evaluate, processes, place)
 
 
 def _run(
@@ -176,26 +177,25 @@ def _run(
     check_fit(teacher, method, config)
     facts = {"model": str(model), "weights": fingerprint(teacher), "config": config.to_dict(), "evaluate": list(evaluate)}
     processes.first(lambda: write_run(output, facts, resume))
-    with held(output) if processes.is_first else contextlib.nullcontext():
-        try:
-            student, stages = train(teacher, tokenizer, config, work, console, began, processes, device)
-        except (BimosError, RuntimeError):
-            if processes.is_first and not any(work.glob("tokens/*/tokens.bin")):  # a false start: nothing to resume, so nothing in the way
-                shutil.rmtree(work, ignore_errors=True)
-                with contextlib.suppress(OSError):
-                    output.rmdir()
-            raise
-        in_parts = processes.count > 1 and bool(config.settled(method).distill.enabled)
-        models = None if in_parts else (teacher, student)
-        del teacher, student
-        if in_parts:
-            gc.collect()  # parts refer to each other; the first process needs the room, and others may be on its machine
+    try:
+        student, stages = train(teacher, tokenizer, config, work, console, began, processes, device)
+    except (BimosError, RuntimeError):
+        if processes.is_first and not any(work.glob("tokens/*/tokens.bin")):  # a false start: nothing to resume, so nothing in the way
+            shutil.rmtree(work, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                output.rmdir()
+        raise
+    in_parts = processes.count > 1 and bool(config.settled(method).distill.enabled)
+    models = None if in_parts else (teacher, student)
+    del teacher, student
+    if in_parts:
+        gc.collect()  # parts refer to each other; the first process needs the room, and others may be on its machine
 
-        def last() -> dict[str, Any]:
-            teacher, student = models or gathered(_load(model, config, torch.device("cpu"))[0], method, config, work)
-            return finish(teacher.cpu(), student.cpu(), tokenizer, output, config, facts, stages, began, console)
+    def last() -> dict[str, Any]:
+        teacher, student = models or gathered(_load(model, config, torch.device("cpu"))[0], method, config, work)
+        return finish(teacher.cpu(), student.cpu(), tokenizer, output, config, facts, stages, began, console)
 
-        return processes.first(last)
+    return processes.first(last)
 
 
 def _load(model: str | Path, config: RunConfig, device: torch.device) -> tuple[PreTrainedModel, Any]:

@@ -23,8 +23,7 @@ from bimos.evaluation.versions import write_json
 from bimos.training.data import TokenStream
 
 WORK = "work"
-DONE = "work.done"  # what it is called while it is being deleted
-LOCK = ".lock"  # in it, held by the run at work
+DONE = ".bimos-work-done"  # what it is called while it is being deleted
 # What a run was that does not say so, being begun before there was the key.
 UNSAID = {"low_memory": False, "distill": {"int8_teacher": False, "expert_share": 1.0, "epsilon": 1e-8}}
 
@@ -50,7 +49,7 @@ def settle(output: Path) -> None:
     stranded = output.resolve().parent / f".{output.resolve().name}.saving" / WORK
     if (stranded / "run.json").exists() and output.is_dir() and not work.exists():
         stranded.rename(work)
-    if work.is_dir() and all(path.name.startswith((".run.json.", LOCK)) for path in work.iterdir()):
+    if work.is_dir() and all(path.name.startswith(".run.json.") for path in work.iterdir()):
         shutil.rmtree(work)
         with contextlib.suppress(OSError):
             output.rmdir()
@@ -60,30 +59,33 @@ def discard(output: Path) -> None:
     """Delete the work, so that after a kill there is all of it or none."""
     work, done = output / WORK, output / DONE
     shutil.rmtree(done, ignore_errors=True)
-    with contextlib.suppress(OSError):  # there is none
+    with contextlib.suppress(FileNotFoundError):
         work.rename(done)
     shutil.rmtree(done, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def held(output: Path) -> Iterator[None]:
-    """Within it, this run works in `output` and no other. Raises BimosError: another one does."""
-    lock = FileLock(output / WORK / LOCK, timeout=0)
+    """Within it, this run works in `output` and no other. The lock lies beside it: what is in it changes places.
+
+    Raises:
+        BimosError: another run works there, or there is no writing.
+    """
+    place = output.expanduser().resolve()
+    path = place.parent / f".{place.name}.lock"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, timeout=0)
         lock.acquire()
     except Timeout:
         raise BimosError(f"another run works in '{output}'; let it finish, or name another output directory") from None
+    except OSError as error:
+        raise BimosError(f"cannot write to '{output}': {error.strerror}; name another output directory") from None
     try:
         yield
     finally:
+        path.unlink(missing_ok=True)
         lock.release()
-
-
-def check_alone(output: Path) -> None:
-    """Raises BimosError: another run works in `output`."""
-    if (output / WORK / LOCK).exists():
-        with held(output):
-            pass
 
 
 def read_run(output: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from bimos.methods import MethodConfig, method_config
 from bimos.models import convertible_linears
 from bimos.packing.checkpoint import check_output
 from bimos.packing.embedding import check_embedding
-from bimos.resume import WORK, check_alone, check_same_run, discard, read_run, remembered, settle
+from bimos.resume import WORK, check_same_run, discard, read_run, remembered, settle
 from bimos.training.sources import parse_sources
 
 
@@ -29,7 +29,6 @@ def settled_run(
 ) -> tuple[RunConfig, list[str]]:
     """What a run is to do, all of it checked that can be without its model, and an output directory that may be written."""
     work = output / WORK
-    check_alone(output)
     settle(output)
     if resume:
         evaluate = evaluate or read_run(output)["evaluate"]

@@ -96,10 +96,10 @@ def console(json_file: Path | None = None) -> Console:
 def _writable(path: Path | None) -> Path | None:
     """A result that takes an hour must not be lost to a typing error in the name of its file."""
     if path is not None and str(path) != "-":
-        folder = path.resolve().parent
+        replaced = path.is_file() or not path.exists()  # by a new file, which the folder must take; not a device or a pipe
+        folder = path.resolve().parent if replaced else path.absolute().parent
         if not folder.is_dir():
             raise BimosError(f"--json {path}: there is no folder '{folder}'; make it first")
-        replaced = path.is_file() or not path.exists()  # by a new file, and the folder must take it
         if path.is_dir() or not all(os.access(place, os.W_OK) for place in [folder] * replaced + [path] * path.exists()):
             raise BimosError(f"--json {path}: cannot write there; give another file")
     return path

@@ -143,7 +143,7 @@ def notes(comparison: dict[str, Any]) -> list[str]:
     decoded = [f"Decoded by transformers: {', '.join(names)} ({why})." for why, names in whys.items()]
     said = {f"{entry['text']}: {entry['note']}." for row in rows for entry in row["perplexity"].values() if entry.get("note")}
     untrained = [row["row"] for row in rows if row["stages"] and not any(s["tokens"] for s in row["stages"] if s["name"] != "library")]
-    rounded = [f"Not trained, and not held to the budget: {', '.join(untrained)}."] if untrained else []
+    rounded = [f"Not distilled, and not held to the budget: {', '.join(untrained)}."] if untrained else []
     return rounded + decoded + [_library(row) for row in rows if "peer" in row] + sorted(said)
 
 

@@ -79,7 +79,8 @@ def make(job: Job, console: Console | None) -> None:
         if config.method in peers.PEERS:
             peers.run(job.model, output, config)
         else:
-            run(job.model, output, config, resume=unfinished, overwrite=not unfinished, console=console)
+            # What was begun goes on as it was: options that have come since have another default in it.
+            run(job.model, output, None if unfinished else config, resume=unfinished, overwrite=not unfinished, console=console)
     result = json.loads((output / "result.json").read_text(encoding="utf-8"))
     packing = json.loads((output / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     write_json(path, result | {key: packing.get(key) for key in ("planes", "experts", "group_size", "options")})

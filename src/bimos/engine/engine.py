@@ -20,6 +20,7 @@ from bimos.kernels import native
 from bimos.tokens import load_tokenizer
 
 PARTS = ("products", "tables", "scales", "router", "attention", "head", "rest", "waiting")  # csrc/spent.h
+MOST = 7 / 8  # of what is kept of a text, which another must share to take it over and not copy it
 KEPT = 4  # sequences whose beginnings later prompts may share
 PIECE = 512  # tokens of a prompt that are read before the interpreter hears of a Ctrl-C; a multiple of csrc/engine/ops.cpp's kChunk
 NO_LOGITS, ALL_LOGITS = 0, 2  # of engine_read
@@ -221,7 +222,7 @@ class Engine:
             best = max(shared, key=lambda sequence: shared[sequence], default=None)
             known = shared[best] if best is not None else 0
             # A text that goes on takes over what is kept of it; one that begins as others do (a system prompt) leaves it to them.
-            if known and best in self._kept and known >= len(ops.engine_tokens(self._id, best)) / 2:
+            if known and best in self._kept and known >= MOST * len(ops.engine_tokens(self._id, best)):
                 self._kept.remove(best)
                 sequence = best
             else:
@@ -235,15 +236,14 @@ class Engine:
 
     def _keep(self, sequences: list[int]) -> None:
         """Of the last sequences as many as have no more tokens together than one alone may have, but always one."""
-        ops, kept, room = torch.ops.bimos, list[int](), self.config.max_position_embeddings
+        ops, kept, left, room = torch.ops.bimos, list[int](), list[int](), self.config.max_position_embeddings
         with self._choosing:
             for sequence in reversed([*self._kept, *sequences]):
                 room -= len(ops.engine_tokens(self._id, sequence))
-                if len(kept) < KEPT and (room >= 0 or not kept):
-                    kept.append(sequence)
-                else:
-                    ops.engine_close(self._id, sequence)
-            self._kept = kept[::-1]
+                (kept if len(kept) < KEPT and (room >= 0 or not kept) else left).append(sequence)
+            self._kept = kept[::-1]  # first: an interruption must not leave what is closed among them
+            for sequence in left:
+                ops.engine_close(self._id, sequence)
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:

@@ -77,11 +77,11 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     Raises:
         OSError: as the file system says; whatever was at `path` before is then still there.
     """
+    if Path(path).exists() and not Path(path).is_file():  # a device or a pipe, which must not be replaced by a file
+        Path(path).write_bytes(data)
+        return
     path = Path(path).resolve()  # a link stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_file():  # a device or a pipe, which must not be replaced by a file
-        path.write_bytes(data)
-        return
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with aside.open("wb") as file:

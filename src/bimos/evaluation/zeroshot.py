@@ -133,7 +133,7 @@ def _load(names: list[str], local: Path | None) -> dict[str, Any]:
             mend = "check its task file" if name in here else "set BIMOS_DATA to a folder with lm_eval_tasks/, or go online"
             raise BimosError(f"cannot load the documents of task '{name}' ({first_line}); {mend}") from None
     for name, task in loaded.items():
-        if "acc" not in task.aggregation():
+        if {"acc", "acc_norm"}.isdisjoint(task.aggregation()):
             raise BimosError(f"task '{name}' has no accuracy (it has {', '.join(task.aggregation())}); measure it with lm_eval itself")
         task.set_config(key="num_fewshot", value=0)
     return loaded

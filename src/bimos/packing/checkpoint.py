@@ -29,7 +29,7 @@ from bimos.packing.sizes import size_report
 
 _CHECKPOINT_SUFFIXES = {".safetensors", ".json", ".bin", ".model", ".jinja"}
 _CHECKPOINT_NAMES = {"README.md", "merges.txt", "vocab.txt", "report.html"}  # what transformers and bimos write besides
-_CHECKPOINT_FOLDERS = {"additional_chat_templates", "runs"}
+_CHECKPOINT_FOLDERS = {"additional_chat_templates"}
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

@@ -25,7 +25,9 @@ def materialise(source: str | Path, config: PretrainedConfig, tensors: dict[str,
     given = {k: v for k, v in tensors.items() if k not in quiet}
     try:
         model, info = model_class.from_pretrained(None, config=config, state_dict=given, dtype=dtype, output_loading_info=True)
-    except RuntimeError as error:  # sizes
+    except RuntimeError as error:
+        if "size" not in str(error):  # no memory, say
+            raise
         raise BimosError(
             f"config.json and weights of '{source}' disagree ({' '.join(str(error).split())[:200]}); download it again"
         ) from None
