@@ -48,7 +48,7 @@ def lines(comparison: dict[str, Any]) -> list[list[str]]:
     """Header and a row for every claim whose rows are there; none where no claim can be checked."""
     rows = {row["row"]: row for row in comparison["rows"]}
     texts = table.texts(comparison)
-    found = [["claim", *(f"{label}, times the perplexity of the better" for label in texts.values()), "comes out"]]
+    found = [["claim", *(f"{label}, times the perplexity of the row claimed better" for label in texts.values()), "comes out"]]
     for claim in CLAIMS:
         others = [other for other in claim.others if other in rows]
         if claim.better in rows and others:

@@ -43,16 +43,17 @@ def picture(path: Path, said: str, shown_in: Path) -> list[str]:
 def comparison(folder: Path, compared: dict[str, Any]) -> list[str]:
     """All that docs/results.md says of one comparison."""
     name = Path(compared["setting"]["model"]).name
-    parts = [f"## {folder.name.removeprefix('compare-')}", f"{name}, `bimos compare`. {table.conditions(compared)}"]
-    parts += [table.markdown(table.main_table(compared)), *paired.sentences(compared)]
+    parts = [f"## {table.given(compared)} a row", f"{name}, `bimos compare`. {table.conditions(compared)}"]
+    parts.append(table.markdown(table.main_table(compared)))
+    if notes := table.notes(compared):
+        parts.append("\n".join(f"- {note}" for note in notes))
     parts += picture(folder / "pareto.svg", BITS, DOCUMENT.parent)
+    if lines := claims.lines(compared):
+        parts += ["What is claimed of the methods, at this scale (`benchmarks/claims.py`):", table.markdown(lines)]
+    parts += paired.sentences(compared)
     for metric in ("acc", "acc_norm"):
         if lines := table.task_table(compared, metric):
             parts += [f"Zero-shot, {metric}, %:", table.markdown(lines)]
-    if lines := claims.lines(compared):
-        parts += ["What is claimed of the methods, at this scale (`benchmarks/claims.py`):", table.markdown(lines)]
-    if notes := table.notes(compared):
-        parts.append("\n".join(f"- {note}" for note in notes))
     commits = sorted({str(row["commit"])[:12] for row in compared["rows"]})
     versions = sorted({f"{name} {version}" for row in compared["rows"] for name, version in row["versions"].items()})
     parts.append(f"Commit {', '.join(commits)}; {', '.join(versions)}. Recipes of all rows: `{(folder / 'rows').relative_to(ROOT)}`.")
@@ -78,7 +79,9 @@ def summary() -> str:
         lines = table.main_table(largest)
         kept = [index for index, title in enumerate(lines[0]) if title not in ONLY_IN_DOCUMENT]
         parts += ["### Quality", f"{Path(largest['setting']['model']).name}, `bimos compare`. {table.conditions(largest)}"]
-        parts += [table.markdown([[line[index] for index in kept] for line in lines]), *picture(folder / "pareto.svg", BITS, ROOT)]
+        parts.append(table.markdown([[line[index] for index in kept] for line in lines]))
+        parts += [note for note in table.notes(largest) if note.startswith(table.UNDISTILLED)]
+        parts += picture(folder / "pareto.svg", BITS, ROOT)
         parts += [said for _, other in compared if other is not largest for said in in_a_sentence(other)]
         parts.append(f"Window by window, task by task, and what becomes of the papers' claims and ours: [{place}]({place}).")
     if said := speed_tables.sizes(RESULTS):

@@ -109,9 +109,10 @@ def test_methods_lists_the_registry(tmp_path: Path) -> None:
     result = run("methods", "--json", tmp_path / "methods.json")
     assert result.exit_code == 0
     written = json.loads((tmp_path / "methods.json").read_text())
-    assert set(written) == set(bimos.available_methods())
-    assert written["binarymos"]["options"]["num_experts"] == 4
-    assert all(name in result.stdout for name in written)
+    assert set(written["methods"]) == set(bimos.available_methods()) and written["bimos"] == bimos.__version__
+    assert written["methods"]["binarymos"]["options"]["num_experts"] == 4
+    assert all(name in result.stdout for name in written["methods"])
+    assert run("methods", "--json", tmp_path / "methods.json").exit_code == 0  # again: its own file
 
 
 def test_doctor_reports_kernels_and_their_check(tmp_path: Path) -> None:
@@ -160,27 +161,31 @@ def test_eval_writes_perplexity_and_provenance(teacher_directory: Path, text_fil
 
 def test_json_goes_where_it_is_sent(tmp_path: Path) -> None:
     """A link stays a link, and a pipe a pipe."""
-    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "real.json").touch()
     (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
     assert run("methods", "--json", tmp_path / "link.json").exit_code == 0
-    assert (tmp_path / "link.json").is_symlink() and "binarymos" in json.loads((tmp_path / "real.json").read_text())
+    assert (tmp_path / "link.json").is_symlink() and "binarymos" in json.loads((tmp_path / "real.json").read_text())["methods"]
     os.mkfifo(tmp_path / "pipe")
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit((tmp_path / "pipe").read_text)
         assert run("methods", "--json", tmp_path / "pipe").exit_code == 0
-        assert "binarymos" in json.loads(reading.result(60))
+        assert "binarymos" in json.loads(reading.result(60))["methods"]
     assert (tmp_path / "pipe").is_fifo()
     reading_end, writing_end = os.pipe()  # as a shell's >(...) makes it
     with ThreadPoolExecutor(1) as pool, open(reading_end) as source:
         reading = pool.submit(source.read)
         assert run("methods", "--json", f"/dev/fd/{writing_end}").exit_code == 0
         os.close(writing_end)
-        assert "binarymos" in json.loads(reading.result(60))
+        assert "binarymos" in json.loads(reading.result(60))["methods"]
 
 
 def test_what_json_cannot_say_is_null(capsys: pytest.CaptureFixture[str]) -> None:
     write_result(Path("-"), {"value": float("inf"), "losses": [float("nan"), 1.5]})
-    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"value": None, "losses": [None, 1.5]}
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "bimos": bimos.__version__,
+        "value": None,
+        "losses": [None, 1.5],
+    }
 
 
 def test_generate_repeats_itself_for_a_seed_only(teacher_directory: Path) -> None:

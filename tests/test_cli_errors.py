@@ -116,7 +116,8 @@ def test_hub_id_without_network(tmp_path: Path, text_file: Path) -> None:
 def test_a_plan_for_several_processes(tmp_path: Path, teacher_directory: Path, text_file: Path) -> None:
     assert_refused(run(*quantize(teacher_directory, tmp_path / "out", text_file, "--processes", 2)), "--dry-run", "torchrun")
     assert not (tmp_path / "out").exists()
-    planned = run("quantize", teacher_directory, "--dry-run", "--processes", 2)
+    planned = run("quantize", teacher_directory, "--dry-run", "--processes", 2, "--set", "sequence_length=64")
+    assert_refused(run("quantize", teacher_directory, "--dry-run"), "--set sequence_length=256")
     assert planned.exit_code == 0 and "peak memory of distill in each process" in planned.stdout
 
 
@@ -231,8 +232,30 @@ def test_absurd_configs(key: str, value: Any, quantized: Path, teacher_directory
             result = run(command, directory, *more)
             if result.exit_code != 0:  # what does not use a value need not mind it
                 assert_refused(result)
-            uses = (command == "unpack" and key != "dtype") or key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+            uses = (command == "unpack" and key != "dtype") or key in (
+                "hidden_size",
+                "num_attention_heads",
+                "num_hidden_layers",
+                "vocab_size",
+            )
             assert result.exit_code == 2 or not uses, (command, key, value)
+
+
+def test_json_replaces_nothing_but_results(quantized: Path, text_file: Path, tmp_path: Path) -> None:
+    model, text = tmp_path / "model", tmp_path / "text.txt"
+    shutil.copytree(quantized, model)
+    shutil.copy(text_file, text)
+    before = contents(tmp_path)
+    for target in (model / "config.json", model / "model.safetensors", model / "tokenizer.json", text):
+        assert_refused(run("info", model, "--json", target), target.name, "no result of bimos")
+    assert contents(tmp_path) == before
+
+
+def test_bytes_that_are_no_text(quantized: Path) -> None:
+    for arguments in (["chat", quantized], ["generate", quantized, "--prompt", "-"]):
+        given = [str(argument) for argument in (*arguments, "--max-new-tokens", 3)]
+        result = CliRunner().invoke(app, given, input=b"\xff\xfe\x80bad\xc3 bytes\n")
+        assert result.exit_code == 0, (result.output, result.exception)
 
 
 def test_an_option_of_no_command() -> None:

@@ -82,7 +82,7 @@ def test_comparisons_fill_both_documents(tables: ModuleType, monkeypatch: pytest
     assert f"{said}, seed 0" in document
     assert f"{said}, WikiText-2: `binarymos:num_experts=2` 123 ± 1.5, `hqq` 456 ± 1.5." in readme  # others are larger
     assert "[docs/results.md](docs/results.md)" in readme
-    assert "50.0 ± 12.5" in document and "0123456789ab" in document and "## small" in document
+    assert "50.0 ± 12.5" in document and "0123456789ab" in document and "## 4,096 tokens distilled a row" in document
     assert "| hqq | 2.500 | 2.500 | 45.0 MB | 456 ± 1.5 | – | 0.5 |" in document  # noqa: RUF001 - a dash
     assert "- hqq: rounded by hqq 0.2.8 (2.500 bits a body weight in its own format)" in document
     assert check(tables, monkeypatch) == 0
@@ -120,7 +120,7 @@ def test_claims_hold_fail_or_cannot_be_told(tables: ModuleType) -> None:
     ]
     rows[2]["body_bits_per_weight"] = 2.5
     head, mixed, rounded = tables.claims.lines({"rows": rows})
-    assert head[1:] == ["Text, times the perplexity of the better", "comes out"]
+    assert head[1:] == ["Text, times the perplexity of the row claimed better", "comes out"]
     assert mixed[1:] == ["onebit 1.116 ± 0.006", "holds"]  # exp of the mean difference, 0.11
     assert rounded[0].endswith("; bits: binarymos 1.25, billm 2.50, pbllm 1.25")
     assert rounded[2] == "not told apart: 1 of 2, fails: 1 of 2"

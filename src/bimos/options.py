@@ -51,7 +51,9 @@ def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
     elif not isinstance(value, bool):  # int or float; YAML 1.1 reads 1e-3 as a string
         try:
             number = float(value)
-            if hint is float and not math.isnan(number):
+            if hint is float and math.isnan(number):
+                raise BimosError(f"{source}: {key}={value!r}: must be a number")
+            if hint is float:
                 return number
             if hint is int and number == int(number):
                 return int(number)

@@ -107,7 +107,9 @@ def check_fit(teacher: PreTrainedModel, method: MethodConfig, config: RunConfig)
         check_embedding(teacher.get_input_embeddings())
     limit = maximum_context(teacher)
     if limit is not None and config.sequence_length > limit:
-        raise BimosError(f"sequence_length={config.sequence_length} is more than this model can take; set it to {limit} or less")
+        raise BimosError(
+            f"sequence_length={config.sequence_length} is more than this model can take; use --set sequence_length={limit} or less"
+        )
     for option in lean_options(config):
         if find_spec("torchao") is None:
             raise BimosError(f"{option} needs torchao: pip install 'bimos[lean]', or leave it out")

@@ -121,6 +121,8 @@ def read_text(given: str) -> EvaluationText:
     Raises:
         BimosError: one word of ASCII that is neither a file nor a known name: more likely a slip in one of these than a text.
     """
-    if given in available_texts() or is_file(given) or re.fullmatch(r"[!-~]*", given.strip()):
+    if given in available_texts() or is_file(given):
         return load_text(given)
+    if re.fullmatch(r"[!-~]*", given.strip()):
+        raise BimosError(f"--text '{given}' is no file and none of {', '.join(available_texts())}; a text itself has more than one word")
     return EvaluationText("text", "text", given)

@@ -102,7 +102,20 @@ def _writable(path: Path | None) -> Path | None:
             raise BimosError(f"--json {path}: there is no folder '{folder}'; make it first")
         if path.is_dir() or not all(os.access(place, os.W_OK) for place in [folder] * replaced + [path] * path.exists()):
             raise BimosError(f"--json {path}: cannot write there; give another file")
+        if path.is_file() and not _is_result(path):
+            raise BimosError(f"--json {path}: that file is there and no result of bimos; name another")
     return path
+
+
+def _is_result(path: Path) -> bool:
+    """Whether a file may be replaced by a result: an empty one, or one that `write_result` has written. Not a model's config."""
+    if path.stat().st_size == 0:
+        return True
+    try:
+        known = json.loads(path.read_bytes()) if path.stat().st_size < 2**28 else None
+    except ValueError:
+        return False
+    return isinstance(known, dict) and ("bimos" in known or "bimos" in dict(known.get("versions") or {}))
 
 
 Json = Annotated[
@@ -122,7 +135,10 @@ Activation = Annotated[str, typer.Option(metavar="HOW", help="exact, or int8: fa
 
 
 def write_result(path: Path | None, result: dict[str, Any]) -> None:
-    """The command's result as JSON, where `--json` asks for it."""
+    """The command's result as JSON, where `--json` asks for it, and which bimos it is of."""
+    from bimos import __version__
+
+    result = {"bimos": __version__} | result
     if str(path) == "-":
         from bimos.evaluation.versions import plain
 

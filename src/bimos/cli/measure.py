@@ -173,7 +173,8 @@ def methods(json: Json = None) -> None:
         options = ", ".join(f"{key}={value}" for key, value in config().to_dict().items())
         table.add_row(name, config.summary, options or "none")
     console(json).print(table)
-    write_result(json, {name: {"summary": config.summary, "options": dataclasses.asdict(config())} for name, config in known.items()})
+    described = {name: {"summary": config.summary, "options": dataclasses.asdict(config())} for name, config in known.items()}
+    write_result(json, {"methods": described})
 
 
 def doctor(json: Json = None) -> None:

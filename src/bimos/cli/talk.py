@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -46,9 +47,8 @@ def generate(
     from bimos.generation import Sampling, continue_text
 
     sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, top_k, seed, min_p)
-    if prompt == "-":
-        prompt = sys.stdin.buffer.read().decode("utf-8", "replace").rstrip("\n")
-    prompt = prompt.encode("utf-8", "replace").decode("utf-8")  # bytes of an argument that are not UTF-8 come as surrogates
+    _replace_bad_bytes()
+    prompt = _utf8(sys.stdin.read().rstrip("\n") if prompt == "-" else prompt)
     loaded, tokenizer = _load(model, seed, head_bits, cache_bits, activation)
     out = sys.stderr if str(json) == "-" else sys.stdout
     begun = False
@@ -86,6 +86,7 @@ def chat(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, top_k, seed, min_p)
     conversation = Conversation(*_load(model, seed, head_bits, cache_bits, activation), sampling)
+    _replace_bad_bytes()
     typed = sys.stdin.isatty()
     if typed:
         kind = "" if conversation.has_template else "This model has no chat template: it continues what you write. "
@@ -99,13 +100,24 @@ def chat(
             _answer(conversation, message, typed)
 
 
+def _replace_bad_bytes() -> None:
+    """Of what comes on stdin; a tokenizer takes nothing but Unicode."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+
+
+def _utf8(text: str) -> str:
+    """With what is no UTF-8 replaced: bytes of an argument come as surrogates."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def _read(typed: bool) -> str | None:
     """The next message; None at the end of the input."""
     if not typed:
-        line = sys.stdin.readline()
+        line = _utf8(sys.stdin.readline())
         return line.strip() if line else None
     try:
-        return input("> ").strip()
+        return _utf8(input("> ")).strip()
     except EOFError:
         print()
         return None

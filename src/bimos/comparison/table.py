@@ -7,6 +7,7 @@ from typing import Any
 from bimos.comparison import TEACHER
 from bimos.evaluation.formatting import DASH, bits, factor, is_number, ratio, significant, size
 
+UNDISTILLED = "Not distilled, and not held to the budget"
 Texts = dict[str, str]  # labels by name
 
 
@@ -103,13 +104,18 @@ def markdown(lines: list[list[str]]) -> str:
 
 def budget(comparison: dict[str, Any]) -> str:
     """What every row was given, and on what: `A budget of 15 min of work a row, on 2 cores of a CPU (avx2)`."""
-    setting, rows = comparison["setting"], comparison["rows"]
-    given = f"{setting['minutes']:g} min of work" if setting["minutes"] is not None else f"{setting['tokens']:,} tokens distilled"
+    rows = comparison["rows"]
     machines = sorted({f"{row['machine']['cores']} cores of {row['machine']['cpu']}" for row in rows})
     levels = sorted({level for row in rows if (level := row["speed"]["runs_in"].partition(", ")[2])})
     kernels = f" ({', '.join(levels)})" if levels else ""
     where = f", on {' and '.join(machines)}{kernels}" if machines else ""
-    return f"A budget of {given} a row{where}"
+    return f"A budget of {given(comparison)} a row{where}"
+
+
+def given(comparison: dict[str, Any]) -> str:
+    """The budget alone: `15 min of work`, `98,304 tokens distilled`."""
+    setting = comparison["setting"]
+    return f"{setting['minutes']:g} min of work" if setting["minutes"] is not None else f"{setting['tokens']:,} tokens distilled"
 
 
 def conditions(comparison: dict[str, Any]) -> str:
@@ -143,7 +149,7 @@ def notes(comparison: dict[str, Any]) -> list[str]:
     decoded = [f"Decoded by transformers: {', '.join(names)} ({why})." for why, names in whys.items()]
     said = {f"{entry['text']}: {entry['note']}." for row in rows for entry in row["perplexity"].values() if entry.get("note")}
     untrained = [row["row"] for row in rows if row["stages"] and not any(s["tokens"] for s in row["stages"] if s["name"] != "library")]
-    rounded = [f"Not distilled, and not held to the budget: {', '.join(untrained)}."] if untrained else []
+    rounded = [f"{UNDISTILLED}: {', '.join(untrained)}."] if untrained else []
     return rounded + decoded + [_library(row) for row in rows if "peer" in row] + sorted(said)
 
 
