@@ -59,6 +59,7 @@ def test_the_report_lies_beside_the_model(outcome: tuple[Path, dict]) -> None:
     assert not (directory / "work").exists()
 
 
+@pytest.mark.usefixtures("this_processor")  # on which the module's run was measured
 def test_eval_of_the_saved_model_repeats_what_the_run_measured(outcome: tuple[Path, dict], text_file: Path, tmp_path: Path) -> None:
     directory, written = outcome
     assert run("eval", directory, "--ppl", text_file, "--json", tmp_path / "eval.json").exit_code == 0
