@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import os
 import signal
@@ -79,7 +80,8 @@ def test_ctrl_c_is_no_traceback(teacher_directory: Path, text_file: Path, tmp_pa
     job(folder, teacher_directory, text_file, "onebit", base)
     command = [sys.executable, "-m", "bimos.comparison", str(folder / "job.json"), "make"]
     reading, writing = os.pipe()  # that somebody could write to, as long as the test lasts
-    process = subprocess.Popen(command, stdin=reading, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where this is a job in the background
+    process = subprocess.Popen(command, stdin=reading, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     deadline = time.monotonic() + 120
     while not (folder / "model" / "work" / "run.json").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
