@@ -14,8 +14,8 @@ import torch
 from packaging.requirements import Requirement
 
 from bimos import __version__
+from bimos.datafolder import data_directory
 from bimos.errors import BimosError
-from bimos.evaluation.texts import data_directory
 from bimos.evaluation.versions import available_cores, cpu_model
 from bimos.kernels import gpu, native, packed_linear, reference
 from bimos.packing.format import pack_signs

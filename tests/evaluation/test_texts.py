@@ -10,9 +10,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from bimos import datafolder
+from bimos.datafolder import data_directory
 from bimos.errors import BimosError
-from bimos.evaluation import texts
-from bimos.evaluation.texts import available_texts, data_directory, load_text, read_documents
+from bimos.evaluation.texts import available_texts, load_text, read_documents
 
 
 def write_parquet(path, **columns):
@@ -79,7 +80,7 @@ def test_data_directory_in_a_home(tmp_path, monkeypatch):
 
 def test_data_directory_beside_the_checkout(tmp_path, monkeypatch):
     monkeypatch.delenv("BIMOS_DATA", raising=False)
-    monkeypatch.setattr(texts, "__file__", str(tmp_path / "repo/src/bimos/evaluation/texts.py"))
+    monkeypatch.setattr(datafolder, "__file__", str(tmp_path / "repo/src/bimos/datafolder.py"))
     assert data_directory() is None
     (tmp_path / "shared/data").mkdir(parents=True)
     assert data_directory() == tmp_path / "shared/data"

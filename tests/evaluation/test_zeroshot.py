@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bimos.datafolder import data_directory
 from bimos.errors import BimosError
 from bimos.evaluation.likelihoods import Scorer
-from bimos.evaluation.texts import data_directory
 from bimos.evaluation.zeroshot import ZEROSHOT6, _mean, zero_shot
 
 pytest.importorskip("lm_eval")

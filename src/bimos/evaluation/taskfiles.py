@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
+from bimos.datafolder import data_directory
 from bimos.errors import BimosError
-from bimos.evaluation.texts import data_directory
 
 
 @contextmanager

@@ -10,12 +10,12 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bimos.datafolder import data_directory
 from bimos.errors import BimosError
 
 C4_DOCUMENTS = 1_100
@@ -42,22 +42,6 @@ class EvaluationText:
     def digest(self) -> str:
         """Of what is measured: two texts of one name are told apart by it."""
         return hashlib.sha256(f"{self.max_tokens}\n{self.text}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def data_directory() -> Path | None:
-    """Folder of local evaluation data, or None.
-
-    Raises:
-        BimosError: `BIMOS_DATA` names a folder that does not exist.
-    """
-    if given := os.environ.get("BIMOS_DATA"):
-        folder = Path(given).expanduser()
-        if not folder.is_dir():
-            raise BimosError(f"BIMOS_DATA='{given}' is not a folder; unset it or name the folder that holds wikitext2/, c4/ and zeroshot/")
-        return folder
-    checkout = Path(__file__).resolve().parents[3]
-    beside = checkout.parent / "shared" / "data"
-    return beside if beside.is_dir() else None
 
 
 def load_text(name: str) -> EvaluationText:

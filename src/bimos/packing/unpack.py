@@ -6,16 +6,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bimos.errors import BimosError
 from bimos.kernels.reference import unpack_signs
-from bimos.models import load_model
 from bimos.packing.checkpoint import check_output, written_aside
 from bimos.packing.dense import Companions, materialise
 from bimos.packing.embedding import Int8Embedding, Int8Head
 from bimos.packing.groups import by_input, product_form
-from bimos.packing.integrity import is_packed
+from bimos.packing.integrity import check_depth, is_packed
 from bimos.packing.linear import PackedLinear
 from bimos.packing.salient import salient_columns, sparse_weight
 
@@ -45,7 +44,13 @@ def unpack(
     check_output(output, overwrite, [directory])
     if not is_packed(directory):
         raise BimosError(f"'{directory}' is not a packed checkpoint; there is nothing to unpack")
-    packed = load_model(directory, dtype)
+    check_depth(directory)
+    try:
+        packed = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype)
+    except BimosError:
+        raise
+    except Exception as error:  # safetensors, json and torch each have their own; all mean that it cannot be read
+        raise BimosError(f"cannot load '{directory}': {' '.join(str(error).split())[:300]}") from None
     mixed = any(isinstance(m, PackedLinear) and m.router is not None for m in packed.modules())
     if mixed and not approximate:
         raise BimosError(f"'{directory}' mixes scales per token, which no dense weight can; --approximate takes the mean of its experts")

@@ -5,7 +5,7 @@
 
 * A file is `.txt`, `.jsonl`/`.json` (one JSON object a line, field `text` or chat `messages`), either also as `.gz`, or
   `.parquet` (column `text` or `messages`). A folder stands for every such file below it.
-* Paths that do not exist as given are looked up below the data folder (`bimos.evaluation.texts.data_directory`: BIMOS_DATA).
+* Paths that do not exist as given are looked up below the data folder (`bimos.datafolder.data_directory`: BIMOS_DATA).
 * `name` is a data set on the Hub, streamed, split `train`: `allenai/c4:en`, `Salesforce/wikitext:wikitext-2-raw-v1:0.2`.
   What exists on disk under that name wins.
 * `self` is text sampled from the teacher (see `bimos.training.selfdata`). A file of that name: `./self`.
@@ -20,8 +20,8 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from bimos.datafolder import data_directory
 from bimos.errors import BimosError
-from bimos.evaluation.texts import data_directory
 
 TEXT_SUFFIXES = (".txt", ".txt.gz")
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")

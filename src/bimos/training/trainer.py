@@ -29,14 +29,7 @@ from bimos.training.optimizer import sign_planes
 from bimos.training.progress import Progress
 from bimos.training.sharding import divided_state, whole, whole_state
 from bimos.training.student import save_tensors
-
-
-def _to_disk(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+from bimos.training.tokencache import sync
 
 
 class BudgetClock(TrainerCallback):
@@ -153,7 +146,7 @@ class DistillTrainer(Trainer):
         """Let the newest checkpoint count, and take away the others."""
         directory = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         for path in [*directory.iterdir(), directory]:  # all of it, before it counts and the one before it goes
-            _to_disk(path)
+            sync(path)
         budget = self._clock.budget
         facts = {"tokens": budget.spent_tokens, "seconds": budget.elapsed, "losses": self._clock.losses}
         with (directory / f"{COMPLETE}.partial").open("w") as file:
