@@ -76,6 +76,14 @@ def test_eval_measures_what_int8_costs(outcome: tuple[Path, dict], text_file: Pa
     assert rounded == pytest.approx(exact, rel=0.05) and (rounded != exact) == (native.isa() is not None)
 
 
+def test_minutes_without_training_are_told_of(tmp_path: Path) -> None:
+    LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4).save_pretrained(tmp_path)
+    for method, told in (("rtn2", True), ("binarymos", False)):
+        result = run("quantize", tmp_path, "--dry-run", "--method", method, "--minutes", 5)
+        assert result.exit_code == 0, result.output
+        assert ("--minutes 5 has no effect: method 'rtn2' is not trained here" in result.stderr) == told
+
+
 def test_the_saved_model_talks(outcome: tuple[Path, dict]) -> None:
     directory, _ = outcome
     result = CliRunner().invoke(app, ["chat", str(directory), "--max-new-tokens", "6", "--seed", "0"], input="Who are you?\n")

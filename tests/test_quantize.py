@@ -191,6 +191,16 @@ def test_a_start_from_weights_alone_reads_one_batch(
     assert seen == [expected]
 
 
+def test_a_short_text_is_told_of(teacher_directory: Path, text_file: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    wanted = config(text_file, distill={"enabled": False})
+    run(teacher_directory, tmp_path / "long", wanted)
+    assert not [warning for warning in recwarn if "short" in str(warning.message)]
+    (tmp_path / "short.txt").write_text("A sentence is all that there is.")
+    short = dataclasses.replace(wanted, data=str(tmp_path / "short.txt"))
+    with pytest.warns(UserWarning, match=r"short\.txt' is short: blocks alone are calibrated on \d\d times its length"):
+        run(teacher_directory, tmp_path / "short", short)
+
+
 def test_stages_can_be_left_out(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
     start = run(teacher_directory, tmp_path / "start", config(text_file, blocks={"enabled": False}, distill={"enabled": False}))
     assert [(stage["name"], stage["tokens"]) for stage in start["stages"]] == [("blocks", 0)]

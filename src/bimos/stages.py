@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from bimos.training.student import load_tensors, load_trained, uninitialised_stu
 from bimos.training.teacher import TopKCache
 
 ENDLESS = 10**9  # windows of a stage whose end the clock decides
+SHORT = 3  # times that calibration may read a text to its end without a warning
 
 
 def train(
@@ -65,6 +67,7 @@ def train(
     with Progress(console) as progress:
         progress.begin("reading text", 1)
         processes.first(lambda: stream.prepare(calibration, lambda done, total: progress.set(done / max(total, 1))))
+        processes.first(lambda: _warn_of_short_text(stream, calibration))
         windows = stream.batch(0, calibration)
         check_vocabulary(teacher, windows)
         total = None if config.minutes is None else 60 * config.minutes
@@ -108,6 +111,13 @@ def gathered(teacher: PreTrainedModel, method: MethodConfig, config: RunConfig, 
     tensors, _ = load_tensors(checkpoints(work / "distill")[-1] / "trained.safetensors")
     load_trained(student, {name.removeprefix("student."): tensor for name, tensor in tensors.items()})
     return teacher, student  # type: ignore[return-value]
+
+
+def _warn_of_short_text(stream: TokenStream, calibration: int) -> None:
+    for name, rounds in stream.rounds(calibration).items():
+        if rounds > SHORT:
+            advice = "a model learns so little by heart; give more text"
+            warnings.warn(f"data '{name}' is short: blocks alone are calibrated on {rounds:.0f} times its length; {advice}", stacklevel=2)
 
 
 def _limit(work: Path, seconds: float, processes: Processes) -> float:

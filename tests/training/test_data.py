@@ -56,6 +56,19 @@ def test_windows_are_the_documents_with_eos_between_epoch_after_epoch(corpus: Pa
     assert orders[0] != orders[1] and orders[0] != documents
 
 
+def test_how_often_windows_repeat_their_text(corpus: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Measured by what was read, whoever read it: windows that another run made of the same text change nothing."""
+    windows = stream(corpus, "plain.jsonl", tokenizer)
+    epoch = sum(len(tokenizer(json.loads(line)["text"]).input_ids) + 1 for line in (corpus / "plain.jsonl").open())
+    count = -(-5 * epoch // LENGTH)
+    for made in (count, 3 * count):
+        windows.prepare(made)
+        (rounds,) = windows.rounds(count).values()
+        assert rounds == pytest.approx(5, abs=0.2)
+    assert stream(corpus, "book.txt", tokenizer).rounds(0) == {str(corpus / "book.txt"): 0}
+    assert set(stream(corpus, "plain.jsonl", tokenizer, "not yet").rounds(1).values()) == {0}
+
+
 def test_shapes(corpus: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     windows = stream(corpus, "plain.jsonl", tokenizer)
     assert windows.window(7).dtype == torch.int64 and windows.window(7).shape == (LENGTH,)

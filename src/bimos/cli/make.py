@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -64,6 +65,7 @@ def quantize(
     Example: `bimos quantize HuggingFaceTB/SmolLM2-135M-Instruct -o smollm2-1bit --data wiki.parquet --minutes 30`
     """
     from bimos.config import RunConfig, override, read_yaml
+    from bimos.methods import method_config
 
     if output is None and not dry_run:
         raise BimosError("where to? give an output directory with -o DIR (or --dry-run)")
@@ -85,6 +87,10 @@ def quantize(
     # An interrupted run remembers its options; what is given here is compared with those.
     base = read_yaml(config) if config else current(device).first(lambda: remembered(output)) if resume and output else {}
     run_config = RunConfig.from_dict(override(base, assignments or []) | given, str(config) if config else "options")
+
+    settled = run_config.settled(method_config(run_config.method, run_config.options))
+    if minutes is not None and not (settled.blocks.enabled or settled.distill.enabled):
+        warnings.warn(f"--minutes {minutes:g} has no effect: method '{run_config.method}' is not trained here", stacklevel=1)
 
     out = console(json)
     if dry_run or output is None:

@@ -108,6 +108,12 @@ class TokenStream:
         if report is not None:
             report(int(wanted.sum()), int(wanted.sum()))
 
+    def rounds(self, windows: int) -> dict[str, float]:
+        """About how often the first `windows` windows, once made, repeat each source, by its name; 0 where it is longer than they are."""
+        wanted = self._counts(windows) * self.sequence_length
+        lengths = [cache.round_length() for cache in self._caches]
+        return {source.name: int(count) / length for source, count, length in zip(self.sources, wanted, lengths, strict=True)}
+
     def _producer(self, source: Source, tokenizer: PreTrainedTokenizerBase, vocabulary: int, teacher: PreTrainedModel | None) -> Producer:
         if source.kind == "files":
             return DocumentTokens(FilePieces(source, tokenizer, self.seed, self.cache_dir), tokenizer, self.seed)

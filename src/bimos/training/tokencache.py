@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -88,6 +89,12 @@ class TokenCache:
                     if report is not None:
                         report(valid)
         self._tokens = np.memmap(self.directory / "tokens.bin", self.dtype, mode="r", shape=(valid,))
+
+    def round_length(self) -> float:
+        """About how many tokens the source holds; infinite where it was not read to its end, or has none."""
+        valid, cursor = self._progress()
+        rounds = cursor.get("epoch", 0)
+        return valid / rounds if rounds else math.inf
 
     def _progress(self) -> tuple[int, Cursor]:
         try:
