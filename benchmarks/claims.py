@@ -32,6 +32,7 @@ CLAIMS = (
     Claim("Distilled with mixed scales is better than rounding with some weights kept wider (BinaryMoS)", "binarymos", ("billm", "pbllm")),
     Claim("1.3 bits are better than 2-bit rounding (BinaryMoS)", "binarymos", TWO_BITS),
     Claim("Two planes are better than 2-bit rounding at equal bits (DB-LLM)", "dbllm", TWO_BITS),
+    Claim("The same in groups of 128 (DB-LLM)", "dbllm:group_size=128", ("rtn2:group_size=128", "gptq2:group_size=128")),
     Claim("Errors made good by later columns are better than rounding to the nearest (GPTQ)", "gptq2", ("rtn2",)),
     Claim("The same in groups of 128 (GPTQ)", "gptq2:group_size=128", ("rtn2:group_size=128",)),
     Claim("Residual planes and salient columns are better than signs refit to calibration text (BiLLM)", "billm", ("sign:untrained",)),
