@@ -141,6 +141,28 @@ def test_base_model_loads_without_its_head(packed: Make, ids: Tensor, tmp_path: 
         assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
 
 
+@pytest.mark.parametrize(("kind", "bits"), [("llama", 8), ("mistral", 16), ("opt", 8), ("gpt_neox", 8)])
+def test_base_model_saved_by_itself(kind: str, bits: int, packed: Make, ids: Tensor, tmp_path: Path) -> None:
+    """Its files have no prefix; with a head they load where that is the embedding, and are refused where it would be drawn at random."""
+    model = packed(kind, embedding_bits=bits)
+    model.save_pretrained(tmp_path / "whole")
+    base = AutoModel.from_pretrained(tmp_path / "whole")
+    base.save_pretrained(tmp_path / "base")
+    again = AutoModel.from_pretrained(tmp_path / "base")
+    assert isinstance(next(m for name, m in again.named_modules() if name.endswith("q_proj") or name.endswith("dense")), PackedLinear)
+    with torch.no_grad():
+        assert torch.equal(again(ids).last_hidden_state, base(ids).last_hidden_state)
+    again.save_pretrained(tmp_path / "again")
+    assert_same_tensors(stored(tmp_path / "base"), stored(tmp_path / "again"))
+    with pytest.raises(mapped.Unknown):
+        mapped.load(tmp_path / "base")
+    if model.config.tie_word_embeddings:
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), ids), logits(model, ids))
+    else:
+        with pytest.raises(BimosError, match="disagree on"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+
+
 def test_generates_and_ties_again(packed: Make, ids: Tensor, tmp_path: Path) -> None:
     model = packed("llama", embedding_bits=8)
     model.save_pretrained(tmp_path)

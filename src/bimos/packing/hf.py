@@ -88,7 +88,7 @@ class BimosQuantizer(HfQuantizer):
         headers = None
         if checkpoint_files is not None:
             verify_files(checkpoint_files)
-            headers = read_headers(checkpoint_files)
+            headers = _named_in_full(model, read_headers(checkpoint_files))
         install_packed_modules(model, self.quantization_config, headers)
         if checkpoint_files is not None and headers is not None:
             _check_complete(model, headers)
@@ -144,6 +144,14 @@ def install_packed_modules(model: Any, config: BimosConfig, headers: dict[str, t
             replaced += quantize_embeddings(model)
     for name in replaced:
         model.get_submodule(name)._is_hf_initialized = True  # weight initialisation is to leave it alone
+
+
+def _named_in_full(model: Any, headers: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Headers by the names that tensors have in a model with its head: a base model (`AutoModel`) saves its own without a prefix."""
+    base = model.base_model_prefix + "." if model.base_model_prefix else ""
+    if any(name.startswith(base) for name in headers):
+        return headers
+    return {base + name: header for name, header in headers.items()}
 
 
 def _check_complete(model: Any, headers: dict[str, tuple[tuple[int, ...], str]]) -> None:

@@ -72,6 +72,8 @@ def load(directory: str | Path) -> MappedModel:
         raise Unknown(f"rotary embedding {error}") from None
     files = weight_files(directory)
     tensors = {name: _aligned(tensor) for name, tensor in tensors_of(files).items()}
+    if not any(name.startswith("model.") for name in tensors):
+        raise Unknown("a base model, saved without its head")
     reader = _Reader(config, description, tensors)
     layers = [reader.block(index) for index in range(config.num_hidden_layers)]
     rotary = SimpleNamespace(inv_freq=inverse, attention_scaling=scaling, rope_type=config.rope_parameters["rope_type"])
