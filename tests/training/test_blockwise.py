@@ -239,6 +239,15 @@ def test_sequences_fit_the_time(index: int, seconds: float, worked: float, expec
     assert blockwise.sequences_ahead(index, left, 128, 2, seconds, worked, pace, run) == expected
 
 
+def test_one_slow_block_cuts_nothing_away() -> None:
+    """As when something else ran meanwhile: two in a row do."""
+    slow, usual = blockwise.Pace(solving=28.0, reading=0.1, training=0.3), blockwise.Pace(solving=4.0, reading=0.08, training=0.24)
+    run = RunConfig.from_dict({"sequence_length": 512})
+    given = 14, 30, 84, 2, 432.0, 246.0, slow, run
+    assert blockwise.sequences_ahead(*given, before=usual.seconds(84)) == 84
+    assert blockwise.sequences_ahead(*given, before=slow.seconds(84)) == blockwise.sequences_ahead(*given) == 42
+
+
 def test_what_is_cut_is_trained_if_it_is_enough(tmp_path: Path, windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockwise, "sequences_ahead", lambda *args: 4)
     monkeypatch.setattr(blockwise, "TRAINED", 4 * 16)

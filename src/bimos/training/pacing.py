@@ -30,18 +30,30 @@ class Pace(NamedTuple):
         return self.solving + self.reading * sequences
 
 
-def sequences_ahead(index: int, blocks: int, count: int, size: int, seconds: float, worked: float, pace: Pace, config: RunConfig) -> int:
+def sequences_ahead(
+    index: int,
+    blocks: int,
+    count: int,
+    size: int,
+    seconds: float,
+    worked: float,
+    pace: Pace,
+    config: RunConfig,
+    before: float = math.inf,
+) -> int:
     """How many of `count` sequences the blocks behind block `index` shall see, in whole batches of `size`.
 
     What is cut away does not come back, and what a start sees decides more than some steps of distillation. So the second block decides,
-    for the first one also warms up. Later ones may take half as long again, for a machine is fast and slow by turns.
+    for the first one also warms up. Later ones may take half as long again, for a machine is fast and slow by turns; and it takes two that
+    are late, one behind the other.
 
     Args:
         seconds: for all blocks.
         worked: seconds until now.
+        before: what `pace.seconds(count)` was for the block before.
     """
     each = (seconds - worked) / (blocks - index - 1)
-    needed = pace.seconds(count)
+    needed = min(pace.seconds(count), before)
     if index > 1:
         is_late = needed > each and worked + needed * (blocks - index - 1) > LATE * seconds
         return max(size, (count // 2) // size * size) if is_late else count
