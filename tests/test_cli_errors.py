@@ -152,6 +152,7 @@ def test_inputs_that_do_not_fill_bytes_are_refused(tmp_path: Path, teacher_direc
         (["--tokens", "-5"], ["-5 tokens"]),
         (["--minutes", "0"], ["0.0 minutes"]),
         (["--minutes", "-1"], ["-1.0 minutes"]),
+        (["--minutes", "inf"], ["inf minutes", "finite"]),
         (["--minutes", "1", "--tokens", "1000"], ["not both"]),
         (["--resume", "--overwrite"], ["one of them"]),
         (["--resume"], ["resume"]),
@@ -162,6 +163,38 @@ def test_inputs_that_do_not_fill_bytes_are_refused(tmp_path: Path, teacher_direc
 def test_bad_options(more: list[str], fragments: list[str], teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
     assert_refused(run(*quantize(teacher_directory, tmp_path / "out", text_file, *more)), *fragments)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "fragment"),
+    [(["--device", "tpu"], "'tpu'"), (["--data", "missing.txt"], "missing.txt"), (["--data", "wiki.parquet:-1"], "positive number")],
+)
+def test_bad_options_of_a_plan(more: list[str], fragment: str, teacher_directory: Path) -> None:
+    assert_refused(run("quantize", teacher_directory, "--dry-run", *more), fragment)
+
+
+def test_files_that_others_may_not_read(
+    quantized: Path, teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for, not tried: root reads everything."""
+    closed: list[str] = []
+    monkeypatch.setattr("bimos.packing.integrity.os.access", lambda path, mode: Path(path).name not in closed)
+    commands = {
+        "generate": ["--prompt", "x"],
+        "info": [],
+        "eval": ["--ppl", text_file],
+        "unpack": ["-o", tmp_path / "dense", "--approximate"],
+    }
+    for closed[:] in (["config.json"], ["model.safetensors"], [quantized.name]):
+        for command, more in commands.items():
+            assert_refused(run(command, quantized, *more), closed[0], "read")  # in typer's words where that asks first
+    closed[:] = ["model.safetensors"]
+    assert_refused(run(*quantize(teacher_directory, tmp_path / "out", text_file)), "cannot read", "permission denied")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "dense").exists()
+
+
+def test_weights_are_for_whom_the_config_is_for(quantized: Path) -> None:
+    assert (quantized / "model.safetensors").stat().st_mode == (quantized / "config.json").stat().st_mode
 
 
 def test_no_output_directory(teacher_directory: Path) -> None:
@@ -190,6 +223,8 @@ def test_no_data(teacher_directory: Path, tmp_path: Path) -> None:
     [
         (["--ppl", "wikitext9"], ["wikitext9", "wikitext2"]),
         (["--ppl", "missing.txt"], ["missing.txt"]),
+        (["--ppl", " ,"], ["--ppl ' ,'", "leave it out"]),
+        (["--tasks", ""], ["--tasks ''"]),
         (["--limit", "5"], ["--tasks"]),
         (["--windows", "0"], ["--windows 0"]),
         (["--tasks", "zeroshot6", "--limit", "0"], ["--limit 0"]),
@@ -345,6 +380,18 @@ def garble(directory: Path) -> None:
     (directory / "config.json").write_text("{")
 
 
+def changed(**values: Any) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        for key, value in values.items():
+            where = config if key in config else config["quantization_config"]
+            assert where[key] != value
+            where[key] = value
+        (directory / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("damage", "fragment"),
     [
@@ -353,13 +400,21 @@ def garble(directory: Path) -> None:
         (forget, "model.safetensors"),
         (renew, "format_version 99"),
         (garble, "config.json"),
+        (changed(quantization_config=None), "packed model, which config.json does not say"),
+        (changed(vocab_size=64), "disagree on 'model.embed_tokens"),
+        (changed(num_hidden_layers=1), "has no place for"),
+        (changed(experts=1), "config.json"),
+        (changed(embedding_bits=16), "config.json"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_damaged_checkpoints_are_refused(damage: Callable[[Path], None], fragment: str, quantized: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(quantized, broken)
     damage(broken)
     assert_refused(run("generate", broken, "--prompt", "The river"), fragment)
+    if damage is not flip:  # info reads no weights
+        assert_refused(run("info", broken), fragment)
 
 
 # Whatever else ends a run

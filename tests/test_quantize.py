@@ -199,6 +199,9 @@ def test_a_short_text_is_told_of(teacher_directory: Path, text_file: Path, tmp_p
     short = dataclasses.replace(wanted, data=str(tmp_path / "short.txt"))
     with pytest.warns(UserWarning, match=r"short\.txt' is short: blocks alone are calibrated on \d\d times its length"):
         run(teacher_directory, tmp_path / "short", short)
+    recwarn.clear()
+    run(teacher_directory, tmp_path / "untrained", dataclasses.replace(short, method="rtn2", options={}))
+    assert not [warning for warning in recwarn if "short" in str(warning.message)]  # nothing is learnt of it
 
 
 def test_stages_can_be_left_out(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ class RunConfig:
         for name in ("tokens", "minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise BimosError(f"a budget of {value} {name} trains nothing; give --{name} a positive number")
+                raise BimosError(f"a budget of {value} {name} is none; give --{name} a positive number, and a finite one")
         if self.tokens is not None and self.minutes is not None:
             raise BimosError("give a budget in --tokens or in --minutes, not both")
         for words, (must, holds) in _RANGES.items():

@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import GgufConfig
 
 from bimos.errors import BimosError
 from bimos.kernels import native
-from bimos.packing.integrity import check_depth
+from bimos.packing.integrity import check_depth, check_readable
 from bimos.packing.pack import not_causal
 
 
@@ -31,6 +31,7 @@ def _source(model: str | Path) -> tuple[str, dict[str, Any]]:
     """
     text = str(model)
     path = Path(text).expanduser()
+    check_readable(path)
     if text.endswith(".gguf"):
         if not path.is_file():
             raise BimosError(f"no such file: '{text}'; give a .gguf file, a model directory or a Hub id")
@@ -38,6 +39,8 @@ def _source(model: str | Path) -> tuple[str, dict[str, Any]]:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise BimosError(f"'{text}' has no config.json: give a transformers model directory, a .gguf file or a Hub id")
+        for file in path.iterdir():
+            check_readable(file)
         return str(path), {}
     if text.startswith((".", "/", "~")) or text.count("/") > 1 or path.is_file():
         raise BimosError(f"no such model directory: '{text}'; give one, a .gguf file or a Hub id")
@@ -46,7 +49,10 @@ def _source(model: str | Path) -> tuple[str, dict[str, Any]]:
 
 def _explain(model: str | Path, error: Exception) -> BimosError:
     source = str(model)
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    said = str(error).strip()
+    first = said.splitlines()[0] if said else type(error).__name__
+    if first.endswith(":"):  # what it announces is on the lines behind it
+        first = " ".join(said.split())[:300]
     if not Path(source).expanduser().exists():
         return BimosError(f"cannot load '{source}' from the Hub ({first}); check the name and the network, or give a local directory")
     return BimosError(f"cannot load '{source}': {first}")

@@ -78,6 +78,8 @@ def held(output: Path) -> Iterator[None]:
         lock = FileLock(path, timeout=0)
         lock.acquire()
     except Timeout:
+        if not path.exists():  # the library also waits for a place where there is no writing
+            raise BimosError(f"cannot write to '{output}'; name another output directory") from None
         raise BimosError(f"another run works in '{output}'; let it finish, or name another output directory") from None
     except OSError as error:
         raise BimosError(f"cannot write to '{output}': {error.strerror}; name another output directory") from None

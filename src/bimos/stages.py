@@ -67,7 +67,8 @@ def train(
     with Progress(console) as progress:
         progress.begin("reading text", 1)
         processes.first(lambda: stream.prepare(calibration, lambda done, total: progress.set(done / max(total, 1))))
-        processes.first(lambda: _warn_of_short_text(stream, calibration))
+        if config.blocks.enabled or config.distill.enabled:
+            processes.first(lambda: _warn_of_short_text(stream, calibration))
         windows = stream.batch(0, calibration)
         check_vocabulary(teacher, windows)
         total = None if config.minutes is None else 60 * config.minutes

@@ -28,9 +28,9 @@ BLOCKS = 3
 METHOD = method_config("binarymos", {"num_experts": 2, "compensation": 0})  # a start that leaves something to train
 
 
-def teacher(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def teacher(dtype: torch.dtype = torch.float32, blocks: int = BLOCKS) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": BLOCKS, "num_attention_heads": 4}
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": blocks, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, max_position_embeddings=64)).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:  # so that what a block adds to its input counts
@@ -236,7 +236,7 @@ def test_sequences_fit_the_time(index: int, seconds: float, worked: float, expec
     pace = blockwise.Pace(solving=4.0, reading=0.08, training=0.24)
     run = RunConfig.from_dict({"sequence_length": 512})
     left = 8 + index + 1  # blocks, so that 8 are to come
-    assert blockwise.sequences_ahead(index, left, 128, 2, seconds, worked, pace, run) == expected
+    assert blockwise.sequences_ahead(index, left, 128, 2, seconds, worked, pace, run, pace) == expected
 
 
 def test_one_slow_block_cuts_nothing_away() -> None:
@@ -244,8 +244,33 @@ def test_one_slow_block_cuts_nothing_away() -> None:
     slow, usual = blockwise.Pace(solving=28.0, reading=0.1, training=0.3), blockwise.Pace(solving=4.0, reading=0.08, training=0.24)
     run = RunConfig.from_dict({"sequence_length": 512})
     given = 14, 30, 84, 2, 432.0, 246.0, slow, run
-    assert blockwise.sequences_ahead(*given, before=usual.seconds(84)) == 84
-    assert blockwise.sequences_ahead(*given, before=slow.seconds(84)) == blockwise.sequences_ahead(*given) == 42
+    assert [blockwise.sequences_ahead(*given, before) for before in (usual, None, slow)] == [84, 84, 42]
+    run = RunConfig.from_dict({"sequence_length": 256})
+    assert blockwise.sequences_ahead(14, 30, 84, 2, 432.0, 246.0, slow, run, slow) == 64  # enough to be trained
+    assert blockwise.sequences_ahead(14, 30, 64, 2, 432.0, 280.0, slow, run, slow) == 32
+
+
+@pytest.mark.parametrize(
+    ("taken", "expected"),
+    [
+        ([4.0, 4.0, 4.0, 20.0, 4.0, 4.0], [8, 8, 8, 8, 8, 8]),  # something else ran meanwhile
+        ([4.0, 4.0, 20.0, 20.0, 4.0, 4.0], [8, 8, 8, 4, 4, 4]),
+    ],
+)
+def test_slow_blocks_by_the_clock(
+    taken: list[float], expected: list[int], tmp_path: Path, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, left = [0.0], list(taken)
+
+    def start(*args: Any) -> tuple[float, None]:
+        initialise.initialise_block(*args)
+        now[0] += left[0]
+        return left.pop(0), None
+
+    monkeypatch.setattr(blockwise, "initialise_block", start)
+    monkeypatch.setattr(blockwise.time, "monotonic", lambda: now[0])
+    report = reconstruct(tmp_path, windows, config(epochs=1), seconds=30.0, model=teacher(blocks=6))
+    assert [entry["next_sequences"] for entry in report["blocks"]] == expected
 
 
 def test_what_is_cut_is_trained_if_it_is_enough(tmp_path: Path, windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,5 +325,5 @@ def test_what_is_seen_is_enough_to_be_trained() -> None:
     pace = blockwise.Pace(solving=4.0, reading=0.08, training=0.24)
     for length, size in ((512, 3), (500, 2), (384, 4), (256, 6)):
         run = RunConfig.from_dict({"sequence_length": length})
-        count = blockwise.sequences_ahead(1, 10, 120, size, 160.0, 40.0, pace, run)
+        count = blockwise.sequences_ahead(1, 10, 120, size, 160.0, 40.0, pace, run, None)
         assert count % size == 0 and blockwise.TRAINED <= count * length < blockwise.TRAINED + size * length

@@ -65,6 +65,8 @@ def test_how_often_windows_repeat_their_text(corpus: Path, tokenizer: PreTrained
         windows.prepare(made)
         (rounds,) = windows.rounds(count).values()
         assert rounds == pytest.approx(5, abs=0.2)
+    twice = stream(corpus, "plain.jsonl:0.5,plain.jsonl:0.5", tokenizer).rounds(count)
+    assert list(twice.values()) == pytest.approx([5], abs=0.3)
     assert stream(corpus, "book.txt", tokenizer).rounds(0) == {str(corpus / "book.txt"): 0}
     assert set(stream(corpus, "plain.jsonl", tokenizer, "not yet").rounds(1).values()) == {0}
 

@@ -80,9 +80,11 @@ def quantize(
     if "tokens" in given or "minutes" in given:
         given = {"tokens": None, "minutes": None} | given  # a budget given here replaces the file's, in whichever unit
     quiet()
+    from bimos.devices import chosen_device
     from bimos.processes import current
     from bimos.quantize import plan, run
     from bimos.resume import remembered
+    from bimos.training.sources import parse_sources
 
     # An interrupted run remembers its options; what is given here is compared with those.
     base = read_yaml(config) if config else current(device).first(lambda: remembered(output)) if resume and output else {}
@@ -94,6 +96,8 @@ def quantize(
 
     out = console(json)
     if dry_run or output is None:
+        chosen_device(device, current(device))
+        parse_sources(run_config.data)
         if not current(device).is_first:
             return
         result = plan(model, run_config, processes or current(device).count)

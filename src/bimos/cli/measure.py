@@ -45,6 +45,9 @@ def evaluate(
     from bimos.models import load_to_measure, load_tokenizer
     from bimos.packing.linear import set_activation
 
+    for name, given in (("ppl", ppl), ("tasks", tasks)):
+        if given is not None and not show.split(given):
+            raise BimosError(f"--{name} '{given}' names nothing; leave it out, or name what to measure")
     if limit is not None and not tasks:
         raise BimosError("--limit is about tasks: give --tasks too, or --windows for perplexity")
     if tasks and find_spec("lm_eval") is None:
@@ -137,6 +140,7 @@ def info(model: Model, json: Json = None) -> None:
     """
     quiet()
     from bimos.models import empty_model, load_config
+    from bimos.packing.agreement import check_headers
     from bimos.packing.integrity import is_packed, read_config, weight_files
     from bimos.packing.sizes import size_report
     from bimos.packing.sparsity import sparsity_report
@@ -145,6 +149,8 @@ def info(model: Model, json: Json = None) -> None:
     if Path(model).expanduser().is_dir():
         directory = Path(model).expanduser()
         packing = (read_config(directory).get("quantization_config") if is_packed(directory) else None) or {}
+        if packing:
+            check_headers(directory)
         result |= size_report(directory)
         result |= {key: packing[key] for key in ("method", "options", "embedding_bits", "format_version") if key in packing}
         planes = sparsity_report(weight_files(directory), packing) if is_packed(directory) else None

@@ -30,7 +30,7 @@ from bimos.errors import DISK_FULL, BimosError
 from bimos.evaluation.texts import EvaluationText, load_text
 from bimos.evaluation.versions import write_json
 from bimos.evaluation.zeroshot import check_tasks, expand
-from bimos.models import convertible_linears, empty_model, load_config
+from bimos.models import convertible_linears, empty_model, load_config, refuse_quantized
 from bimos.resume import flat
 from bimos.settling import check_fit
 
@@ -176,7 +176,9 @@ def _in_a_process(job: Job, steps: list[str]) -> None:
 
 def _check_fit(rows: Sequence[Row], model: str, output: Path) -> None:
     """Raises BimosError: an unfinished row that does not fit the model, or whose library is missing."""
-    empty = empty_model(load_config(model))
+    known = load_config(model)
+    refuse_quantized(known, model)
+    empty = empty_model(known)
     for row in rows:
         try:
             if row.config is None:

@@ -74,6 +74,8 @@ def written_aside(directory: str | Path, overwrite: bool = False) -> Iterator[Pa
         _discard(aside, path)  # left by a save that was killed
         aside.mkdir()
         yield aside
+        for file in aside.rglob("*.safetensors"):  # which its library writes for the owner alone
+            file.chmod(aside.stat().st_mode & 0o666)
         _flush(aside)
         _put_in_place(aside, path)
     except BaseException as error:

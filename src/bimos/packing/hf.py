@@ -18,7 +18,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bimos.errors import BimosError
 from bimos.packing.embedding import quantize_embeddings
-from bimos.packing.integrity import DESCRIPTION_KEY, DTYPES, METADATA_KEY, check_same_description, checksums, read_headers, verify_files
+from bimos.packing.integrity import (
+    DESCRIPTION_KEY,
+    DTYPES,
+    METADATA_KEY,
+    check_same_description,
+    checksums,
+    named_in_full,
+    read_headers,
+    verify_files,
+)
 from bimos.packing.layout import Layout, check_description, compare, description_sum, layout_of
 from bimos.packing.linear import PackedLinear
 
@@ -88,10 +97,10 @@ class BimosQuantizer(HfQuantizer):
         headers = None
         if checkpoint_files is not None:
             verify_files(checkpoint_files)
-            headers = _named_in_full(model, read_headers(checkpoint_files))
+            headers = named_in_full(model.base_model_prefix, read_headers(checkpoint_files))
         install_packed_modules(model, self.quantization_config, headers)
         if checkpoint_files is not None and headers is not None:
-            _check_complete(model, headers)
+            check_complete(model, headers)
             check_same_description(checkpoint_files, description_sum(self.quantization_config.__dict__))
         return model
 
@@ -146,15 +155,7 @@ def install_packed_modules(model: Any, config: BimosConfig, headers: dict[str, t
         model.get_submodule(name)._is_hf_initialized = True  # weight initialisation is to leave it alone
 
 
-def _named_in_full(model: Any, headers: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Headers by the names that tensors have in a model with its head: a base model (`AutoModel`) saves its own without a prefix."""
-    base = model.base_model_prefix + "." if model.base_model_prefix else ""
-    if any(name.startswith(base) for name in headers):
-        return headers
-    return {base + name: header for name, header in headers.items()}
-
-
-def _check_complete(model: Any, headers: dict[str, tuple[tuple[int, ...], str]]) -> None:
+def check_complete(model: Any, headers: dict[str, tuple[tuple[int, ...], str]]) -> None:
     """Files and model have the same tensors, but for heads that are not a language model's.
 
     Raises:

@@ -9,6 +9,7 @@ CRC-32 finds every flipped bit and is read at more than 1 GB/s; it is no protect
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +80,13 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, tuple[tuple[int, ...]
     return headers
 
 
+def named_in_full(base: str, headers: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Headers by the names that tensors have in a model with its head: a base model, saved by itself, has no prefix `base`."""
+    if not base or any(name.startswith(f"{base}.") for name in headers):
+        return headers
+    return {f"{base}.{name}": header for name, header in headers.items()}
+
+
 def verify_files(paths: Iterable[str | Path]) -> None:
     """Compare every tensor with its checksum.
 
@@ -135,20 +143,28 @@ def _sums(tensors: Mapping[str, Tensor]) -> Iterator[str]:
         yield from pool.map(lambda name: checksum(name, tensors[name]), names)
 
 
+def check_readable(path: str | Path) -> None:
+    """Raises BimosError: a file or folder is there, and closed to this user. Libraries say that it is missing, or damaged."""
+    if os.path.lexists(path) and not os.access(path, os.R_OK | (os.X_OK if os.path.isdir(path) else 0)):
+        raise BimosError(f"cannot read '{path}': permission denied; have its owner allow it (chmod a+rX)")
+
+
 def read_config(directory: str | Path) -> dict[str, Any]:
     """`config.json` of a checkpoint directory.
 
     Raises:
-        BimosError: no such directory or file, or not JSON.
+        BimosError: no such directory or file, not to be read, or not JSON.
     """
     path = Path(directory) / "config.json"
+    check_readable(directory)
+    check_readable(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(values, dict):
             return values
     except OSError:
         if not Path(directory).is_dir():
-            raise BimosError(f"no such model directory: '{directory}'; give one that bimos has written") from None
+            raise BimosError(f"no such model directory: '{directory}'; check the path") from None
         raise BimosError(f"'{directory}' has no config.json: not a model, or a save that was interrupted") from None
     except (ValueError, RecursionError):
         pass
@@ -162,8 +178,15 @@ def is_packed(directory: str | Path) -> bool:
 
 
 def check_depth(directory: str | Path) -> None:
-    """Raises BimosError: a packed checkpoint's config has more blocks than its files can hold; building them could take for ever."""
+    """Raises BimosError: a packed checkpoint's config has more blocks than its files can hold, which could take for ever to build.
+
+    Or it has lost its description of packed linears.
+    """
     if not is_packed(directory):
+        for file in sorted(Path(directory).glob("*.safetensors"))[:1]:
+            with _open(file) as weights:
+                if METADATA_KEY in (weights.metadata() or {}):
+                    raise BimosError(f"'{file}' is of a packed model, which config.json does not say; copy the checkpoint again")
         return
     config, tensors = read_config(directory), len(read_headers(weight_files(directory)))
     for key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
@@ -193,6 +216,7 @@ def check_format_version(version: Any) -> None:
 
 
 def _open(file: str | Path) -> Any:
+    check_readable(file)
     if not Path(file).is_file():
         raise BimosError(f"'{file}' is missing; copy the checkpoint again")
     try:

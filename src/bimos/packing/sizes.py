@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bimos.errors import BimosError
-from bimos.packing.integrity import DESCRIPTION_KEY, DTYPES, METADATA_KEY, check_depth, read_headers, weight_files
+from bimos.packing.integrity import DESCRIPTION_KEY, DTYPES, METADATA_KEY, check_depth, named_in_full, read_headers, weight_files
 from bimos.packing.pack import load_dense_config, skeleton
 
 LayoutOf = Callable[[int, int, bool], Mapping[str, tuple[tuple[int, ...], torch.dtype]]]
@@ -54,6 +54,7 @@ def size_report(
         stored = read_headers(files)
         check_depth(source)
         dense = skeleton(load_dense_config(source))
+        stored = named_in_full(dense.base_model_prefix, stored)
         unknown = sorted({dtype for _, dtype in stored.values()} - set(_ITEMSIZE))
         if unknown:
             raise BimosError(f"'{source}' holds tensors of type {unknown[0]}, whose size is not known here")

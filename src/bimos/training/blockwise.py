@@ -13,7 +13,6 @@ gradients are averaged.
 from __future__ import annotations
 
 import copy
-import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -113,7 +112,7 @@ def _each_block(
     if config.low_memory:
         release(teacher)  # the embedding has been read for the last time
     history: list[dict[str, Any]] = []
-    worked, before = 0.0, math.inf
+    worked, before = 0.0, None
     if config.low_memory:
         progress.note(_plan(blocks[0], len(blocks), method, config, stream, dtype))
     progress.begin("block reconstruction", len(blocks))
@@ -160,7 +159,7 @@ def _each_block(
                 if entry["tokens"] >= WARM_STEPS * together * windows.shape[1]:
                     pace = pace._replace(training=training * windows.shape[1] / entry["tokens"])
                 ahead = sequences_ahead(index, len(blocks), count, together, seconds, worked + entry["seconds"], pace, config, before)
-                before = pace.seconds(count)
+                before = pace
                 entry["next_sequences"] = processes.agreed(float(ahead))
                 needed = worked + entry["seconds"] + pace.seconds(int(entry["next_sequences"])) * (len(blocks) - 1 - index)
                 if index == 1 and needed > LATE * seconds:  # the first one also warms up

@@ -112,7 +112,10 @@ class TokenStream:
         """About how often the first `windows` windows, once made, repeat each source, by its name; 0 where it is longer than they are."""
         wanted = self._counts(windows) * self.sequence_length
         lengths = [cache.round_length() for cache in self._caches]
-        return {source.name: int(count) / length for source, count, length in zip(self.sources, wanted, lengths, strict=True)}
+        found = dict.fromkeys((source.name for source in self.sources), 0.0)
+        for source, count, length in zip(self.sources, wanted, lengths, strict=True):
+            found[source.name] += int(count) / length  # one given twice is read twice
+        return found
 
     def _producer(self, source: Source, tokenizer: PreTrainedTokenizerBase, vocabulary: int, teacher: PreTrainedModel | None) -> Producer:
         if source.kind == "files":

@@ -86,7 +86,7 @@ class FilePieces:
         pieces = (piece for file in self.source.files for text in _file_texts(file, self.tokenizer) for piece in cut(text))
         batch = list(itertools.islice(pieces, 1024))
         if not batch:
-            raise BimosError(f"data '{self.source.name}' holds no text")
+            raise BimosError(f"data '{self.source.name}' holds no text, only blanks; name files with text in them")
         with (
             disk_errors(self.directory),
             replacing(path) as aside,

@@ -39,7 +39,7 @@ def sequences_ahead(
     worked: float,
     pace: Pace,
     config: RunConfig,
-    before: float = math.inf,
+    before: Pace | None,
 ) -> int:
     """How many of `count` sequences the blocks behind block `index` shall see, in whole batches of `size`.
 
@@ -50,15 +50,16 @@ def sequences_ahead(
     Args:
         seconds: for all blocks.
         worked: seconds until now.
-        before: what `pace.seconds(count)` was for the block before.
+        before: the pace of the block before; None where it is not known (the first block that a process does also warms up).
     """
     each = (seconds - worked) / (blocks - index - 1)
-    needed = min(pace.seconds(count), before)
-    if index > 1:
-        is_late = needed > each and worked + needed * (blocks - index - 1) > LATE * seconds
-        return max(size, (count // 2) // size * size) if is_late else count
-    trained = affordable_sequences(each, pace.solving, pace.reading + config.blocks.epochs * pace.training, count, size)
     few = math.ceil(TRAINED / config.sequence_length / size) * size
+    if index > 1:
+        needed = 0.0 if before is None else min(pace.seconds(count), before.seconds(count))
+        is_late = needed > each and worked + needed * (blocks - index - 1) > LATE * seconds
+        half = max(size, (count // 2) // size * size)
+        return (few if half < few < count else half) if is_late else count
+    trained = affordable_sequences(each, pace.solving, pace.reading + config.blocks.epochs * pace.training, count, size)
     affordable = trained
     if trained < min(count, few):  # not even so many: that many, trained for as long as there is time; or what a start alone can see
         affordable = min(affordable_sequences(each, pace.solving, pace.reading, count, size), max(trained, few))

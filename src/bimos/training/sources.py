@@ -114,7 +114,7 @@ def _data_files(path: Path) -> tuple[Path, ...]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if is_of(file, SUFFIXES) and file.is_file() and not file.name.startswith("."))
         if not files:
-            raise BimosError(f"data folder '{path}' holds no file of a known kind ({known})")
+            raise BimosError(f"data folder '{path}' holds no file of a known kind ({known}); name another, or a file")
         return tuple(files)
     if not is_of(path, SUFFIXES):
         raise BimosError(f"data file '{path}' is of unknown kind '{path.suffix}'; known: {known}")
