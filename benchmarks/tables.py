@@ -78,7 +78,10 @@ def summary() -> str:
         folder, largest = max(compared, key=lambda found: len(found[1]["rows"]))
         lines = table.main_table(largest)
         kept = [index for index, title in enumerate(lines[0]) if title not in ONLY_IN_DOCUMENT]
-        parts += ["### Quality", f"{Path(largest['setting']['model']).name}, `bimos compare`. {table.conditions(largest)}"]
+        parts += [
+            "### Quality",
+            f"{Path(largest['setting']['model']).name}, `bimos compare`. {table.conditions(largest, ONLY_IN_DOCUMENT)}",
+        ]
         parts.append(table.markdown([[line[index] for index in kept] for line in lines]))
         parts += [note for note in table.notes(largest) if note.startswith(table.UNDISTILLED)]
         parts += picture(folder / "pareto.svg", BITS, ROOT)

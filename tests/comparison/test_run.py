@@ -16,7 +16,7 @@ from bimos.config import RunConfig
 from bimos.errors import BimosError
 from bimos.evaluation.perplexity import perplexity
 from bimos.evaluation.texts import load_text
-from bimos.models import load_teacher, load_to_measure, load_tokenizer
+from bimos.models import load_config, load_teacher, load_to_measure, load_tokenizer
 from bimos.packing.sizes import size_report
 
 Compare = Callable[..., dict[str, Any]]
@@ -182,6 +182,16 @@ def test_what_cannot_be_stored_or_measured_is_refused_before_any_work(compare_ti
     refused(compare_tiny, tmp_path / "out", ("row 'sign'", "nothing_proj"), "fp16", "sign", base={"skip": ["nothing_proj"]})
     refused(compare_tiny, tmp_path / "out", ("row 'sign'", "sequence_length=4096"), "fp16", "sign", base={"sequence_length": 4096})
     refused(compare_tiny, tmp_path / "out", ("no-such-text",), texts=["no-such-text"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_packed_model_is_no_original(
+    compare_tiny: Compare, teacher_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(teacher_directory)
+    config.quantization_config = {"quant_method": "bimos"}
+    monkeypatch.setattr("bimos.comparison.run.load_config", lambda model: config)
+    refused(compare_tiny, tmp_path / "out", ("quantized already", "original"), "fp16", "sign")
     assert not (tmp_path / "out").exists()
 
 

@@ -42,7 +42,9 @@ def quantize(
         ),
     ] = None,
     tokens: Annotated[int | None, typer.Option(metavar="N", help="Budget: tokens of end-to-end distillation.")] = None,
-    minutes: Annotated[float | None, typer.Option(metavar="N", help="Budget: minutes of all stages together.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(metavar="N", help="Budget: minutes of all stages together; 60 if no tokens are given.")
+    ] = None,
     embedding_bits: Annotated[int | None, typer.Option(metavar="8|16", help="Embeddings and head: int8 by row, or bfloat16.")] = None,
     low_memory: Annotated[
         bool, typer.Option("--low-memory", metavar="", help="Of the model, one block in memory at a time; no distillation.")

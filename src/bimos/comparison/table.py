@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from bimos.comparison import TEACHER
@@ -118,8 +119,8 @@ def given(comparison: dict[str, Any]) -> str:
     return f"{setting['minutes']:g} min of work" if setting["minutes"] is not None else f"{setting['tokens']:,} tokens distilled"
 
 
-def conditions(comparison: dict[str, Any]) -> str:
-    """What all rows have in common, in a sentence or two."""
+def conditions(comparison: dict[str, Any], without: Container[str] = ()) -> str:
+    """What all rows have in common, in a sentence or two; nothing of columns that are left out."""
     setting, rows = comparison["setting"], comparison["rows"]
     measured = {name: row["perplexity"][name] for row in rows for name in row["perplexity"]}
     windows = ", ".join(f"{entry['windows']} of {entry['text']}" for entry in measured.values())
@@ -135,7 +136,8 @@ def conditions(comparison: dict[str, Any]) -> str:
     return (
         f"{budget(comparison)}, seed {setting['seed']}, embeddings in {setting['embedding_bits']} bits; "
         f"text `{setting['data']}`. Bits: of the body a weight of the binarized linears, scales and all; of the model a parameter."
-        f"{evaluated}{means}{limit} Peak memory is that of training; decoding is one sequence, threads: {threads}."
+        f"{evaluated}{means}{limit} {'' if 'peak memory' in without else 'Peak memory is that of training. '}"
+        f"Decoding is one sequence, threads: {threads}."
     )
 
 
