@@ -85,10 +85,10 @@ def test_empty_model_directory(tmp_path: Path, text_file: Path) -> None:
         assert_refused(run(*arguments), "empty", "config.json")
 
 
-def test_models_of_other_kinds(tmp_path: Path, quantized: Path) -> None:
+def test_models_of_other_kinds(tmp_path: Path, quantized: Path, teacher_directory: Path) -> None:
     encoder, unknown, broken = (tmp_path / name for name in ("encoder", "unknown", "broken"))
     for directory, kind in ((encoder, "t5"), (unknown, "no-such-kind")):
-        shutil.copytree(quantized, directory)
+        shutil.copytree(teacher_directory, directory)
         (directory / "config.json").write_text(json.dumps({"model_type": kind, "num_expert": 2}))
         assert_refused(run("info", directory), kind)
     assert_refused(run("convert", unknown, "-o", tmp_path / "out"), "no-such-kind")
@@ -242,7 +242,7 @@ def test_texts_of_one_name(teacher_directory: Path, text_file: Path, tmp_path: P
     other = tmp_path / text_file.name
     other.write_text("Another text.")
     assert_refused(run("eval", teacher_directory, "--ppl", f"{text_file},{other}"), "one name")
-    assert_refused(run("eval", teacher_directory, "--ppl", ","), "nothing to measure")
+    assert_refused(run("eval", teacher_directory, "--ppl", ","), "names nothing")
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def changed(**values: Any) -> Callable[[Path], None]:
         (forget, "model.safetensors"),
         (renew, "format_version 99"),
         (garble, "config.json"),
-        (changed(quantization_config=None), "packed model, which config.json does not say"),
+        (changed(quantization_config=None), "are packed, which config.json does not say"),
         (changed(vocab_size=64), "disagree on 'model.embed_tokens"),
         (changed(num_hidden_layers=1), "has no place for"),
         (changed(experts=1), "config.json"),

@@ -61,8 +61,6 @@ def evaluate(
     texts = [load_text(name) for name in show.split(ppl or (None if tasks else "wikitext2"))]  # before the model: it may be missing
     if len({text.name for text in texts}) < len(texts):
         raise BimosError(f"--ppl {ppl}: two of these texts have one name; rename a file")
-    if not texts and not names:
-        raise BimosError("nothing to measure: name texts with --ppl, such as wikitext2, or --tasks")
     started = time.monotonic()
     loaded, tokenizer = load_to_measure(model), load_tokenizer(model)
     set_activation(loaded, activation)

@@ -183,10 +183,8 @@ def check_depth(directory: str | Path) -> None:
     Or it has lost its description of packed linears.
     """
     if not is_packed(directory):
-        for file in sorted(Path(directory).glob("*.safetensors"))[:1]:
-            with _open(file) as weights:
-                if METADATA_KEY in (weights.metadata() or {}):
-                    raise BimosError(f"'{file}' is of a packed model, which config.json does not say; copy the checkpoint again")
+        if any(METADATA_KEY in _metadata(file) for file in Path(directory).glob("*.safetensors")):
+            raise BimosError(f"the weights of '{directory}' are packed, which config.json does not say; copy the checkpoint again")
         return
     config, tensors = read_config(directory), len(read_headers(weight_files(directory)))
     for key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
@@ -213,6 +211,15 @@ def check_format_version(version: Any) -> None:
         raise BimosError(f"format_version {version!r} in config.json is not a version; get the checkpoint again")
     if version > FORMAT_VERSION:
         raise BimosError(f"this checkpoint has format_version {version} and this bimos reads up to {FORMAT_VERSION}; upgrade bimos")
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    """What a header says besides tensors; nothing where it cannot be read, for others to tell why."""
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return weights.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
 
 
 def _open(file: str | Path) -> Any:
