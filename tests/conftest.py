@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from bimos.kernels import native
 from levels import LEVELS
 
-pytest_plugins = ["tiny_models"]
+pytest_plugins = ["tiny_models", "commands"]
 
 SENTENCES = [
     "The river is wide and slow, and in spring it covers the meadows.",

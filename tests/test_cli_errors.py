@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
-from typer.testing import CliRunner, Result
 
-from bimos.cli import app
+from commands import assert_refused, quantize, run
 
 TINY = {
     "vocab_size": 320,
@@ -25,19 +24,6 @@ TINY = {
 }
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def assert_refused(result: Result, *fragments: str) -> None:
-    """Exit code 2 and exactly one line on stderr, `error: ...`, with every fragment in it."""
-    assert result.exit_code == 2, (result.output, result.exception)
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
-    assert "Traceback" not in result.output
-    for fragment in fragments:
-        assert fragment in result.stderr, result.stderr
-
-
 def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
 
@@ -47,23 +33,6 @@ def raising(error: BaseException) -> Callable[..., None]:
         raise error
 
     return raise_it
-
-
-@pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory, teacher_directory: Path, text_file: Path) -> Path:
-    """A packed model by `bimos quantize`, with two experts and int8 embeddings."""
-    output = tmp_path_factory.mktemp("packed") / "model"
-    result = run(*quantize(teacher_directory, output, text_file))
-    assert result.exit_code == 0, (result.output, result.exception)
-    return output
-
-
-def quantize(model: object, output: object, data: object, *more: object) -> list[object]:
-    """A run of seconds."""
-    quick = ["sequence_length=32", "initialise.sequences=4", "blocks.tokens=256", "blocks.epochs=1", "options={num_experts: 2}"]
-    settings = [part for assignment in quick for part in ("--set", assignment)]
-    budget = [] if {"--tokens", "--minutes"} & set(map(str, more)) else ["--tokens", "256"]
-    return ["quantize", model, "-o", output, "--data", data, *settings, *budget, *more]
 
 
 # What is given
@@ -173,30 +142,6 @@ def test_bad_options_of_a_plan(more: list[str], fragment: str, teacher_directory
     assert_refused(run("quantize", teacher_directory, "--dry-run", *more), fragment)
 
 
-def test_files_that_others_may_not_read(
-    quantized: Path, teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Asked for, not tried: root reads everything."""
-    closed: list[str] = []
-    monkeypatch.setattr("bimos.packing.integrity.os.access", lambda path, mode: Path(path).name not in closed)
-    commands = {
-        "generate": ["--prompt", "x"],
-        "info": [],
-        "eval": ["--ppl", text_file],
-        "unpack": ["-o", tmp_path / "dense", "--approximate"],
-    }
-    for closed[:] in (["config.json"], ["model.safetensors"], [quantized.name]):
-        for command, more in commands.items():
-            assert_refused(run(command, quantized, *more), closed[0], "read")  # in typer's words where that asks first
-    closed[:] = ["model.safetensors"]
-    assert_refused(run(*quantize(teacher_directory, tmp_path / "out", text_file)), "cannot read", "permission denied")
-    assert not (tmp_path / "out").exists() and not (tmp_path / "dense").exists()
-
-
-def test_weights_are_for_whom_the_config_is_for(quantized: Path) -> None:
-    assert (quantized / "model.safetensors").stat().st_mode == (quantized / "config.json").stat().st_mode
-
-
 def test_no_output_directory(teacher_directory: Path) -> None:
     assert_refused(run("quantize", teacher_directory), "-o DIR")
 
@@ -288,8 +233,7 @@ def test_json_replaces_nothing_but_results(quantized: Path, text_file: Path, tmp
 
 def test_bytes_that_are_no_text(quantized: Path) -> None:
     for arguments in (["chat", quantized], ["generate", quantized, "--prompt", "-"]):
-        given = [str(argument) for argument in (*arguments, "--max-new-tokens", 3)]
-        result = CliRunner().invoke(app, given, input=b"\xff\xfe\x80bad\xc3 bytes\n")
+        result = run(*arguments, "--max-new-tokens", 3, input=b"\xff\xfe\x80bad\xc3 bytes\n")
         assert result.exit_code == 0, (result.output, result.exception)
 
 
@@ -349,72 +293,6 @@ def test_unpack_asks_before_it_averages(quantized: Path, tmp_path: Path) -> None
     assert_refused(run("unpack", quantized, "-o", tmp_path / "out"), "--approximate")
     assert run("unpack", quantized, "-o", tmp_path / "out", "--approximate").exit_code == 0
     assert_refused(run("unpack", quantized, "-o", tmp_path / "out", "--approximate"), "not empty")
-
-
-# Corrupt checkpoints
-
-
-def truncate(directory: Path) -> None:
-    path = directory / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def flip(directory: Path) -> None:
-    path = directory / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1000] ^= 1
-    path.write_bytes(data)
-
-
-def forget(directory: Path) -> None:
-    (directory / "model.safetensors").unlink()
-
-
-def renew(directory: Path) -> None:
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 99
-    (directory / "config.json").write_text(json.dumps(config))
-
-
-def garble(directory: Path) -> None:
-    (directory / "config.json").write_text("{")
-
-
-def changed(**values: Any) -> Callable[[Path], None]:
-    def change(directory: Path) -> None:
-        config = json.loads((directory / "config.json").read_text())
-        for key, value in values.items():
-            where = config if key in config else config["quantization_config"]
-            assert where[key] != value
-            where[key] = value
-        (directory / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("damage", "fragment"),
-    [
-        (truncate, "model.safetensors"),
-        (flip, "corrupt"),
-        (forget, "model.safetensors"),
-        (renew, "format_version 99"),
-        (garble, "config.json"),
-        (changed(quantization_config=None), "are packed, which config.json does not say"),
-        (changed(vocab_size=64), "disagree on 'model.embed_tokens"),
-        (changed(num_hidden_layers=1), "has no place for"),
-        (changed(experts=1), "config.json"),
-        (changed(embedding_bits=16), "config.json"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_damaged_checkpoints_are_refused(damage: Callable[[Path], None], fragment: str, quantized: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(quantized, broken)
-    damage(broken)
-    assert_refused(run("generate", broken, "--prompt", "The river"), fragment)
-    if damage is not flip:  # info reads no weights
-        assert_refused(run("info", broken), fragment)
 
 
 # Whatever else ends a run
