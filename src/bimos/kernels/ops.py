@@ -104,6 +104,35 @@ def _(left: Tensor, right: Tensor) -> Tensor:
     return left.new_empty(left.shape[1], right.shape[1])
 
 
+# Products in whole numbers of 16 bits in training (csrc/int16.h): float32 values with a frozen teacher's weights, both rounded by groups of
+# up to 128 inputs; and two matrices [tokens, out], [tokens, in] over tokens.
+torch.library.define("bimos::int16_pack", "(Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.define(
+    "bimos::int16_linear", "(Tensor x, Tensor panels, int out, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+torch.library.define("bimos::int16_outer", "(Tensor left, Tensor right) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.register_fake("bimos::int16_pack")
+def _(weight: Tensor) -> Tensor:
+    out_features, in_features = weight.shape
+    groups = -(-in_features // 128)
+    return weight.new_empty(-(-out_features // 16), 16 * groups * (-(-in_features // (4 * groups)) * 2 + 1), dtype=torch.int32)
+
+
+@torch.library.register_fake("bimos::int16_linear")
+def _(x: Tensor, panels: Tensor, out: int, bias: Tensor | None) -> Tensor:
+    torch._check(x.dtype == torch.float32, lambda: f"x must be float32, got {x.dtype}")
+    return x.new_empty(*x.shape[:-1], out)
+
+
+@torch.library.register_fake("bimos::int16_outer")
+def _(left: Tensor, right: Tensor) -> Tensor:
+    torch._check(left.dtype == right.dtype == torch.float32, lambda: f"int16_outer takes float32, got {left.dtype} and {right.dtype}")
+    torch._check(left.shape[0] == right.shape[0], lambda: f"{left.shape[0]} and {right.shape[0]} tokens")
+    return left.new_empty(left.shape[1], right.shape[1])
+
+
 torch.library.impl("bimos::packed_linear", "CompositeExplicitAutograd")(
     lambda x, weight, scale_in, scale_out, router, scale_group, bias, tiles=None, int8=False, group_size=0: reference.packed_linear(
         x, weight, scale_in, scale_out, router, scale_group, bias, group_size

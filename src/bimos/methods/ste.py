@@ -128,8 +128,8 @@ def sign_linear(x: Tensor, latent: Tensor, plane: Plane = Plane.ONLY) -> Tensor:
     """`x [..., in]` times the signs of a plane `[out, in]`, transposed; straight through, in the dtype of autocast or `x`.
 
     With shared signs or within `by_tables`, by the tables of packed linears where those are the faster way (`tables_pay`), forward and for
-    the gradient of `x`; sums of four inputs are rounded to 8 bits then. In bfloat16 the gradient of the signs is a product of bytes, both
-    sides rounded to 8 bits by columns of 64 tokens (`csrc/group8.h`).
+    the gradient of `x`; sums of four inputs are rounded to 8 bits then. The gradient of the signs is a product of whole numbers too: in
+    bfloat16 of 8 bits, both sides rounded by columns of 64 tokens (`csrc/group8.h`), in float32 of 13, by columns of 128 (`csrc/int16.h`).
     """
     dtype, shared = compute_dtype(x), _shared(latent, plane)
     if x.dtype == dtype and shared is not None and shared.tiles is not None and shared.leaf.dtype == dtype:
@@ -190,6 +190,6 @@ class _TableProduct(torch.autograd.Function):
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
     """`left^T right` of `[tokens, out]` and `[tokens, in]`."""
-    is_bfloat16 = left.dtype == torch.bfloat16
-    product: Tensor = torch.ops.bimos.group8_outer(left, right) if is_bfloat16 else left.T @ right
+    outer = torch.ops.bimos.group8_outer if left.dtype == torch.bfloat16 else torch.ops.bimos.int16_outer
+    product: Tensor = outer(left, right)
     return product

@@ -21,7 +21,7 @@ from bimos.training.budget import Budget, schedule
 from bimos.training.checkpoints import COMPLETE, continued
 from bimos.training.distillation import Distillation
 from bimos.training.fused import fused
-from bimos.training.int8 import int8_products
+from bimos.training.integers import integer_products
 from bimos.training.optimizer import adamw, experts_together, narrow_latents, select
 from bimos.training.progress import Progress
 from bimos.training.recomputing import checkpointed
@@ -98,8 +98,8 @@ def distill(
         lanes = Lanes(1 if is_sharded else config.batch_size, next(student.parameters()).device)
         models = [model for model in (student, teacher) if model is not None]
         frozen = [module for module in (teacher, student.get_output_embeddings()) if module is not None]  # type: ignore[operator]
-        in_int8 = int8_products(*frozen) if config.int8_teacher and not is_sharded else nullcontext()
-        with lanes, fused(*models), in_int8:  # in this order: `fused` asks modules what they answer
+        in_integers = integer_products(*frozen) if config.int8_teacher and not is_sharded else nullcontext()
+        with lanes, fused(*models), in_integers:  # in this order: `fused` asks modules what they answer
             if is_sharded:
                 shard(distillation, student, teacher)
             betas = config.beta1, config.beta2

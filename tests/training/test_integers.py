@@ -1,4 +1,4 @@
-"""A teacher whose products are int8 for a while: what it says, and that it is the same model afterwards."""
+"""A teacher that multiplies in whole numbers for a while: what it says, and that it is the same model afterwards."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from bimos.config import DistillConfig
 from bimos.kernels import native
 from bimos.methods import method_config
 from bimos.models import convertible_linears
-from bimos.training import int8
+from bimos.training import integers
 from bimos.training.budget import Budget
 from bimos.training.distillation import Distillation, NumberedWindows
 from bimos.training.endtoend import distill
 from bimos.training.fused import fused
-from bimos.training.int8 import Int8Linear, int8_products
+from bimos.training.integers import IntegerLinear, integer_products
 from bimos.training.progress import Progress
 from bimos.training.student import binarize
 from bimos.training.teacher import TopKCache, hidden_states, logit_head
@@ -30,12 +30,13 @@ pytestmark = pytest.mark.skipif(native.isa() is None, reason="the kernels are no
 
 METHOD = method_config("binarymos", {"num_experts": 2})
 LENGTH = 24
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 
 
 @pytest.fixture
 def where_it_pays(level: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """On every processor, at every level."""
-    monkeypatch.setattr(int8, "pays", lambda dtype: True)
+    monkeypatch.setattr(integers, "pays", lambda dtype: True)
     yield
 
 
@@ -43,9 +44,14 @@ def linears(model: nn.Module, kind: type[nn.Module]) -> set[str]:
     return {name for name, module in model.named_modules() if type(module) is kind}
 
 
-def teacher_of(dense: Callable[..., PreTrainedModel], kind: str = "llama") -> PreTrainedModel:
+def teacher_of(dense: Callable[..., PreTrainedModel], kind: str = "llama", dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     sharp = {"initializer_range": 0.2}  # what it says is far from even
-    return dense(kind, **sharp).to(torch.bfloat16).requires_grad_(False)
+    return dense(kind, **sharp).to(dtype).requires_grad_(False)
+
+
+def furthest(dtype: torch.dtype) -> float:
+    """What products may be off by, of their norm."""
+    return 4e-2 if dtype == torch.bfloat16 else 2e-3
 
 
 def student_of(teacher: PreTrainedModel) -> PreTrainedModel:
@@ -60,19 +66,20 @@ def said(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.usefixtures("where_it_pays")
+@DTYPES
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "opt", "gpt_neox", "phi"])
-def test_it_says_nearly_the_same(dense: Callable[..., PreTrainedModel], kind: str) -> None:
-    teacher, ids = teacher_of(dense, kind), torch.randint(3, 101, (2, 40), generator=torch.Generator().manual_seed(0))
+def test_it_says_nearly_the_same(dense: Callable[..., PreTrainedModel], kind: str, dtype: torch.dtype) -> None:
+    teacher, ids = teacher_of(dense, kind, dtype), torch.randint(3, 101, (2, 40), generator=torch.Generator().manual_seed(0))
     before, expected = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}, said(teacher, ids)
     plain = linears(teacher, nn.Linear)
-    with fused(teacher), int8_products(teacher):
-        assert linears(teacher, Int8Linear) == plain and teacher.get_output_embeddings() is not None
+    with fused(teacher), integer_products(teacher):
+        assert linears(teacher, IntegerLinear) == plain and teacher.get_output_embeddings() is not None
         assert teacher.state_dict().keys() == before.keys()
         actual = said(teacher, ids)
-        with int8_products(teacher):  # within itself
+        with integer_products(teacher):  # within itself
             assert torch.equal(said(teacher, ids), actual)
-        assert linears(teacher, Int8Linear) == plain
-    assert 0 < (actual - expected).norm() < 4e-2 * expected.norm()
+        assert linears(teacher, IntegerLinear) == plain
+    assert 0 < (actual - expected).norm() < furthest(dtype) * expected.norm()
     assert linears(teacher, nn.Linear) == plain and torch.equal(said(teacher, ids), expected)
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     assert not any("tiles" in vars(module) for module in teacher.modules())
@@ -82,27 +89,27 @@ def test_it_says_nearly_the_same(dense: Callable[..., PreTrainedModel], kind: st
 def test_all_is_put_back_after_an_error(dense: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = teacher_of(dense)
     plain = linears(teacher, nn.Linear)
-    with pytest.raises(KeyboardInterrupt), int8_products(teacher):
+    with pytest.raises(KeyboardInterrupt), integer_products(teacher):
         raise KeyboardInterrupt
     assert linears(teacher, nn.Linear) == plain
-    covered = int8._is_covered
+    covered = integers._is_covered
 
     def fails_at_the_head(module: nn.Linear) -> bool:
         if module is teacher.lm_head:
             raise MemoryError
         return covered(module)
 
-    monkeypatch.setattr(int8, "_is_covered", fails_at_the_head)
-    with pytest.raises(MemoryError), int8_products(teacher):
+    monkeypatch.setattr(integers, "_is_covered", fails_at_the_head)
+    with pytest.raises(MemoryError), integer_products(teacher):
         raise AssertionError
     assert linears(teacher, nn.Linear) == plain
 
 
 @pytest.mark.usefixtures("where_it_pays")
 def test_what_is_left_alone(dense: Callable[..., PreTrainedModel]) -> None:
-    wide = teacher_of(dense).float()
-    with int8_products(wide):
-        assert not linears(wide, Int8Linear)
+    other = teacher_of(dense, dtype=torch.float16)
+    with integer_products(other):
+        assert not linears(other, IntegerLinear)
     teacher = teacher_of(dense)
     count = len(convertible_linears(teacher))
 
@@ -111,28 +118,29 @@ def test_what_is_left_alone(dense: Callable[..., PreTrainedModel]) -> None:
             return 2 * super().forward(x)
 
     teacher.model.layers[0].mlp.down_proj.__class__ = Other
-    with int8_products(teacher):
+    with integer_products(teacher):
         assert not linears(teacher, nn.Linear) and len(linears(teacher, Other)) == 1
-        assert len(linears(teacher, Int8Linear)) == count  # all but one, and the head
+        assert len(linears(teacher, IntegerLinear)) == count  # all but one, and the head
 
 
 @pytest.mark.usefixtures("where_it_pays")
-def test_gradients_of_inputs_and_other_dtypes(dense: Callable[..., PreTrainedModel]) -> None:
-    teacher = teacher_of(dense)
+@DTYPES
+def test_gradients_of_inputs_and_other_dtypes(dense: Callable[..., PreTrainedModel], dtype: torch.dtype) -> None:
+    teacher = teacher_of(dense, dtype=dtype)
     linear = teacher.model.layers[0].mlp.down_proj
-    x = torch.randn(3, linear.in_features).bfloat16().requires_grad_()
-    grad = torch.randn(3, linear.out_features).bfloat16()
+    x = torch.randn(3, linear.in_features).to(dtype).requires_grad_()
+    grad = torch.randn(3, linear.out_features).to(dtype)
     expected = linear(x)
     (wanted,) = torch.autograd.grad(expected, x, grad)
-    with int8_products(teacher):
+    with integer_products(teacher):
         y = linear(x)
         (of_x,) = torch.autograd.grad(y, x, grad)
         assert torch.equal(y, linear(x.detach())) and not linear(x.detach()).requires_grad
         with pytest.raises(RuntimeError):
-            linear(x.detach().float())
+            linear(x.detach().double())
         with pytest.raises(RuntimeError):
             linear(x.detach()[:, :-1])
-    assert 0 < (y - expected).norm() < 4e-2 * expected.norm()
+    assert 0 < (y - expected).norm() < furthest(dtype) * expected.norm()
     assert torch.equal(of_x, wanted)
 
 
@@ -142,7 +150,7 @@ def test_a_shared_head_has_its_tiles_once(dense: Callable[..., PreTrainedModel])
     head = nn.Linear(1, 1, bias=False)
     head.weight = teacher.get_output_embeddings().weight
     head.in_features, head.out_features = head.weight.shape[1], head.weight.shape[0]
-    with int8_products(teacher, head):
+    with integer_products(teacher, head):
         assert vars(head)["tiles"][0] is vars(teacher.get_output_embeddings())["tiles"][0]
     assert type(head) is nn.Linear and "tiles" not in vars(head)
 
@@ -154,29 +162,31 @@ def test_weights_that_could_be_trained(dense: Callable[..., PreTrainedModel]) ->
     linear = teacher.model.layers[0].mlp.down_proj
     x = torch.randn(3, linear.in_features).bfloat16()
     expected = linear(x)
-    with int8_products(teacher):
-        assert linears(teacher, Int8Linear) and not linears(teacher, nn.Linear)
+    with integer_products(teacher):
+        assert linears(teacher, IntegerLinear) and not linears(teacher, nn.Linear)
         assert torch.equal(linear(x), expected) and linear(x).requires_grad
         with torch.no_grad():
             assert not torch.equal(linear(x), expected)
 
 
 def test_only_where_it_pays(dense: Callable[..., PreTrainedModel], level: str) -> None:
-    teacher = teacher_of(dense)
-    with int8_products(teacher):
-        assert bool(linears(teacher, Int8Linear)) == (level == "avx512" and not torch.cpu._is_amx_tile_supported())
+    narrow, wide = teacher_of(dense), teacher_of(dense, dtype=torch.float32)
+    with integer_products(narrow, wide):
+        assert bool(linears(narrow, IntegerLinear)) == (level == "avx512" and not torch.cpu._is_amx_tile_supported())
+        assert bool(linears(wide, IntegerLinear)) == (level == "avx2" and native.fast_dtype(torch.bfloat16) == torch.float32)
 
 
 @pytest.mark.usefixtures("where_it_pays")
+@DTYPES
 @pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
-def test_loss_and_gradients(dense: Callable[..., PreTrainedModel], tmp_path: Path, cached: bool) -> None:
-    teacher = teacher_of(dense)
+def test_loss_and_gradients(dense: Callable[..., PreTrainedModel], tmp_path: Path, cached: bool, dtype: torch.dtype) -> None:
+    teacher = teacher_of(dense, dtype=dtype)
     ids, window = torch.randint(3, 101, (4, LENGTH), generator=torch.Generator().manual_seed(0)), torch.arange(4)
     losses, gradients = [], []
-    for in_int8 in (False, True):
+    for in_integers in (False, True):
         student = student_of(teacher)
-        cache = TopKCache(tmp_path / str(in_int8), 4, LENGTH, 8, 101) if cached else None
-        with int8_products(teacher if in_int8 else nn.Identity()):
+        cache = TopKCache(tmp_path / str(in_integers), 4, LENGTH, 8, 101) if cached else None
+        with integer_products(teacher if in_integers else nn.Identity()):
             loss = Distillation(student, teacher, DistillConfig(), cache)(ids, window)["loss"]
         loss.backward()
         losses.append(loss.item())
@@ -191,21 +201,22 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 @pytest.mark.usefixtures("where_it_pays")
-def test_a_run(dense: Callable[..., PreTrainedModel], tmp_path: Path, threads: int) -> None:
-    teacher = teacher_of(dense)
+@DTYPES
+def test_a_run(dense: Callable[..., PreTrainedModel], tmp_path: Path, threads: int, dtype: torch.dtype) -> None:
+    teacher = teacher_of(dense, dtype=dtype)
     plain = linears(teacher, nn.Linear)
     inside: list[int] = []
     heads: set[type] = set()
-    handle = teacher.model.register_forward_hook(lambda *_: inside.append(len(linears(teacher, Int8Linear))))
+    handle = teacher.model.register_forward_hook(lambda *_: inside.append(len(linears(teacher, IntegerLinear))))
     last = []
-    for in_int8 in (False, True):
+    for in_integers in (False, True):
         student = student_of(teacher)
         student.model.register_forward_hook(lambda *_, of=student: heads.add(type(of.get_output_embeddings())))
-        config = DistillConfig(batch_size=4, lr_latent=5e-3, checkpoint_minutes=60.0, int8_teacher=in_int8)
+        config = DistillConfig(batch_size=4, lr_latent=5e-3, checkpoint_minutes=60.0, int8_teacher=in_integers)
         data = NumberedWindows(Windows(), 40, None, seed=0)
-        report = distill(student, teacher, data, LENGTH, config, Budget(tokens=40 * LENGTH), tmp_path / str(in_int8), Progress(None))
-        assert set(inside) == {len(plain) if in_int8 else 0}
-        assert heads == {Int8Linear if in_int8 else nn.Linear}
+        report = distill(student, teacher, data, LENGTH, config, Budget(tokens=40 * LENGTH), tmp_path / str(in_integers), Progress(None))
+        assert set(inside) == {len(plain) if in_integers else 0}
+        assert heads == {IntegerLinear if in_integers else nn.Linear}
         inside.clear()
         heads.clear()
         assert type(student.get_output_embeddings()) is nn.Linear and linears(teacher, nn.Linear) == plain
