@@ -8,6 +8,7 @@
 #include "../divergence.h"
 #include "../flash.h"
 #include "../group8.h"
+#include "../int16.h"
 #include "../mixing.h"
 #include "../norm.h"
 #include "../signs.h"
@@ -154,6 +155,25 @@ Results products_over_tokens(int64_t tokens, int64_t out, int64_t in) {
   };
 }
 
+Results whole_numbers(int64_t inputs, bool columns) {
+  return [=](const char* level) {
+    namespace int16 = bimos::int16;
+    constexpr int64_t rows = 4, others = 11;
+    const Floats left = random_floats(rows * inputs, 1), right = random_floats(others * inputs, 2);
+    const int16::Groups groups(inputs);
+    std::vector<int32_t> lefts(static_cast<size_t>(groups.words(int16::kLeft))), rights(static_cast<size_t>(groups.words(int16::kRight)));
+    Floats total(int16::kLeft * int16::kRight);
+    const auto matrix = [&](const Floats& values, int64_t count) {
+      return columns ? int16::Matrix{values.data(), inputs, 0, count, 1, count} : int16::Matrix{values.data(), inputs, 0, count, inputs, 1};
+    };
+    const int16::Functions functions = int16::functions_for(level);
+    functions.pack(matrix(left, rows), int16::kLeft, lefts.data());
+    functions.pack(matrix(right, others), int16::kRight, rights.data());
+    functions.product(lefts.data(), rights.data(), groups, total.data());
+    return total;
+  };
+}
+
 Results signs(int64_t out, int64_t in) {
   return [=](const char* level) {
     const Floats values = random_floats(out * in, 1);
@@ -183,6 +203,10 @@ double training_difference(const char* level) {
   for (const int64_t tokens : {1, 65, 130}) see(attention(tokens, 64));
   for (const int64_t in : {1, 64, 100}) see(bytes(in, 50, 7));
   for (const int64_t tokens : {1, 64, 130}) see(products_over_tokens(tokens, 19, 50));
+  for (const int64_t inputs : {1, 7, 130, 576}) {
+    see(whole_numbers(inputs, false));
+    see(whole_numbers(inputs, true));
+  }
   see(signs(16, 40));
   return worst;
 }

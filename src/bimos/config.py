@@ -71,7 +71,9 @@ class DistillConfig:
     hidden_weight: float = 0.0  # of the sum over layers of the MSE of hidden states, per sequence as in the paper: 10
     relative_weight: float = 0.0  # of the mean over layers of the error of hidden states relative to their norm
     teacher: Literal["live", "cached"] = "live"
-    int8_teacher: bool = True  # products of teacher and head in int8 if faster: a bfloat16 teacher, a CPU with AVX-512 and no AMX
+    int8_teacher: bool = (
+        True  # products of teacher and head in whole numbers if faster: int8 with AVX-512 and no AMX, int16 with AVX2 alone
+    )
     top_k: int = 64  # logits a token in the cache
     distinct_tokens: int | None = None  # then the same text again; None: ever new text
     checkpoint_minutes: float = 5.0

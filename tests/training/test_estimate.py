@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from bimos.config import RunConfig
@@ -66,6 +67,15 @@ def test_what_is_not_done_takes_nothing(small: PreTrainedModel) -> None:
     assert peak_memory(small, config(distill={"batch_size": 8}))["distill"] > everything["distill"]
     tiles = everything["distill"] - peak_memory(small, config(distill={"int8_teacher": False}))["distill"]
     assert tiles == sum(p.numel() for p in small.parameters() if p.dim() == 2) * 17 // 16  # the embedding is the head
+
+
+@pytest.mark.usefixtures("avx2_alone")
+def test_tiles_of_a_teacher_in_float32(small: PreTrainedModel) -> None:
+    tiles = peak_memory(small, config())["distill"] - peak_memory(small, config(distill={"int8_teacher": False}))["distill"]
+    shapes = {module.weight.shape for module in small.modules() if isinstance(module, nn.Linear)}
+    packed = sum(torch.ops.bimos.int16_pack(torch.zeros(shape)).nbytes for shape in shapes)
+    weights = sum(module.weight.numel() for module in small.modules() if isinstance(module, nn.Linear))
+    assert tiles / weights == pytest.approx(packed / sum(shape.numel() for shape in shapes), rel=0.02)
 
 
 def test_lean_states_take_less(llama_7b: PreTrainedModel) -> None:

@@ -88,9 +88,9 @@ def peak_memory(model: nn.Module, config: RunConfig, processes: int = 1) -> dict
         states = 2 * value * hidden * len(blocks) * step if config.distill.hidden_weight or config.distill.relative_weight else 0
         if config.distill.checkpointing:  # what enters each block, and one of them inside
             kept = value * hidden * len(blocks) + kept // len(blocks)
-        # A byte a weight, and a sixteenth for sums (csrc/group8.h), counted wherever it runs.
-        is_tiled = config.distill.int8_teacher and value == 2 and processes == 1
-        tiles = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)) * 17 // 16 if is_tiled else 0
+        # A byte a weight of bfloat16 (csrc/group8.h), two of float32 (csrc/int16.h), some more for sums or steps, counted wherever it runs.
+        is_tiled = config.distill.int8_teacher and processes == 1
+        tiles = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)) * {2: 17, 4: 33}[value] // 16 if is_tiled else 0
         working = kept * step + states + 6 * LANES * CHUNK_BYTES
         held = weights + tiles + state * latent
         if processes > 1:  # the teacher's embeddings and head stay whole; at first, so are all weights
