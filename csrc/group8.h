@@ -1,4 +1,4 @@
-// Products of bfloat16 values with frozen weights of 8 bits, for the teacher in training (bimos/training/int8.py).
+// Products of bfloat16 values with frozen weights of 8 bits, for the teacher in training (bimos/training/integers.py).
 //
 //   y[t, r] = scale[r] sum_g step[t, g] sum_{j in g} q[t, j] w[r, j] + bias[r]
 //

@@ -49,7 +49,7 @@ void product(const int32_t* left, const int32_t* right, const Groups& groups, fl
       for (int64_t m = 0; m < kLeft; ++m)
         for (int64_t n = 0; n < kRight; ++n) sums[m][n] += a[m][0] * b[n][0] + a[m][1] * b[n][1];
     }
-    // One step after the other: their product could be too large for a float where the sum's is not.
+    // One step after the other: their product could be too small or too large for a float where the sum's is not.
     for (int64_t m = 0; m < kLeft; ++m)
       for (int64_t n = 0; n < kRight; ++n) total[m * kRight + n] += static_cast<float>(sums[m][n]) * of_right[n] * of_left[m];
   }

@@ -1,4 +1,4 @@
-// Products of float32 matrices in whole numbers of 16 bits, for training on processors with AVX2 alone (bimos/training/int8.py): a
+// Products of float32 matrices in whole numbers of 16 bits, for training on processors with AVX2 alone (bimos/training/integers.py, bimos/methods/ste.py): a
 // multiply-add of 16 pairs of numbers takes as long as one of 8 floats.
 //
 //   y[m, n] = sum_g step[m, g] step'[n, g] sum_{k in g} a[m, k] b[n, k] + bias[n]

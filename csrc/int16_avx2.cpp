@@ -131,7 +131,7 @@ TARGET void product(const int32_t* left, const int32_t* right, const Groups& gro
     for (int64_t m = 0; m < kLeft; ++m) {
       const __m256 step = _mm256_set1_ps(of_left[m]);
       float* to = total + m * kRight;
-      // One step after the other: their product could be too large for a float where the sum's is not.
+      // One step after the other, as in int16.cpp.
       _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sums[m][0]), low), step, _mm256_loadu_ps(to)));
       _mm256_storeu_ps(to + 8, _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sums[m][1]), high), step, _mm256_loadu_ps(to + 8)));
     }

@@ -4,7 +4,8 @@
         --arms binarymos,binarymos:distill.lr_latent=4e-4,binarymos:distill.expert_share=1
 
 Arms are named as rows of `bimos compare` are. Those that differ in `distill.*` alone share their start and blocks, which are made once;
-an arm that was killed goes on. Told are, against the first arm: losses of the last quarter, step by step; perplexity on windows of 2048
+an arm that was killed goes on. Told are, against the first arm: losses of the last quarter, step by step (of
+long runs every second or third step); perplexity on windows of 2048
 tokens of WikiText-2 validation and C4, window by window; and by how much the student is above the teacher at places of a window.
 """
 
@@ -24,11 +25,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bimos.comparison.rows import Row, parse_rows
-from bimos.config import RunConfig
+from bimos.config import RunConfig, decided
 from bimos.evaluation.mode import evaluating
 from bimos.evaluation.texts import load_text
 from bimos.evaluation.versions import provenance, write_json
+from bimos.methods import method_config
 from bimos.models import load_teacher
+from bimos.resume import fingerprint
 from bimos.stages import train
 
 CONTEXT = 2048
@@ -98,9 +101,17 @@ def main() -> None:
     given = parser.parse_args()
     shared = {"data": given.data, "tokens": given.tokens, "minutes": None, "seed": given.seed, "embedding_bits": 8}
     rows = parse_rows(given.arms, {}, shared)
+    for row in rows:
+        if row.config is None or not decided(row.config.distill.enabled, method_config(row.config.method).trained):
+            parser.error(f"'{row.name}' is not distilled, and arms differ in their distillation")
     given.output.mkdir(parents=True, exist_ok=True)
     console = Console()
     teacher, tokenizer = load_teacher(given.model)
+    settings = {"model": fingerprint(teacher), **{key: getattr(given, key) for key in ("data", "tokens", "seed", "windows", "texts")}}
+    asked = given.output / "settings.json"
+    if asked.exists() and json.loads(asked.read_text(encoding="utf-8")) != settings:
+        parser.error(f"the arms in '{given.output}' were run with other settings ({asked}); name another directory")
+    write_json(asked, settings)
     kept = given.output / "losses"
     kept.mkdir(exist_ok=True)
     results: dict[str, Any] = {}
@@ -123,7 +134,6 @@ def main() -> None:
             "last_quarter_above_first": differences((steps[0] - steps[1])[-max(1, len(steps[0]) // 4) :]) if alike else None,
             **{text: described(arm["texts"][text], its[text], first["texts"][text]) for text in given.texts},
         }
-    settings = {key: getattr(given, key) for key in ("data", "tokens", "seed", "windows")}
     write_json(given.output / "arms.json", {"settings": settings, "arms": results, **provenance()})
     console.print_json(json.dumps(results))
 

@@ -26,7 +26,7 @@ from bimos.training.checkpoints import checkpoints
 from bimos.training.data import TokenStream
 from bimos.training.distillation import NumberedWindows
 from bimos.training.endtoend import distill
-from bimos.training.memory import peak_bytes, reset_peak
+from bimos.training.memory import kept, peak_bytes, reset_peak
 from bimos.training.progress import Progress
 from bimos.training.sources import parse_sources
 from bimos.training.student import load_tensors, load_trained, uninitialised_student
@@ -100,7 +100,8 @@ def train(
             if any(source.kind == "self" for source in parse_sources(config.data)):
                 options = dataclasses.replace(options, int8_teacher=False)  # it goes on writing: the same text whoever writes when
             given = student, teacher, data, length, options, budget, work / "distill", progress, cache, config.seed, config.loss
-            report = distill(*given, processes)
+            with kept():  # around all of it: what the trainer holds is free before the heap is given back
+                report = distill(*given, processes)
             stages.append({**report, "peak_memory_bytes": peak_bytes()})
     return student, stages  # type: ignore[return-value]
 

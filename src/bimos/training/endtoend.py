@@ -22,7 +22,6 @@ from bimos.training.checkpoints import COMPLETE, continued
 from bimos.training.distillation import Distillation
 from bimos.training.fused import fused
 from bimos.training.integers import integer_products
-from bimos.training.memory import kept
 from bimos.training.optimizer import adamw, experts_together, narrow_latents, select
 from bimos.training.progress import Progress
 from bimos.training.recomputing import checkpointed
@@ -100,7 +99,7 @@ def distill(
         models = [model for model in (student, teacher) if model is not None]
         frozen = [module for module in (teacher, student.get_output_embeddings()) if module is not None]  # type: ignore[operator]
         in_integers = integer_products(*frozen) if config.int8_teacher and not is_sharded else nullcontext()
-        with kept(), lanes, fused(*models), in_integers:  # in this order: `fused` asks modules what they answer
+        with lanes, fused(*models), in_integers:  # in this order: `fused` asks modules what they answer
             if is_sharded:
                 shard(distillation, student, teacher)
             betas = config.beta1, config.beta2

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 _STATUS = Path("/proc/self/status")
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of glibc's `mallopt`
-_MAPPINGS = 65536  # that glibc allows itself
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's `mallopt`
 _OWN_MAPPING, _LARGEST = 1 << 20, 32 << 20  # bytes from which an allocation is mapped by itself; what glibc's own rule may raise that to
 
 
@@ -58,16 +57,16 @@ def given_back() -> Iterator[None]:
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Within it, what is freed stays with the process, for what is made next; on leaving, all of it goes back to the system.
+    """Within it, the top of the heap stays with the process when it is free, for what is made next; on leaving, it goes back to the system.
 
-    For steps that are all alike: a step takes and frees gigabytes, and the system clears every page of them anew.
+    For steps that are all alike: a step takes and frees gigabytes, and the system clears every page of them anew. Tensors of more than
+    32 MB have mappings of their own all the same.
     """
-    _call("mallopt", _MMAP_MAX, 0)
+    _call("mallopt", _MMAP_THRESHOLD, _LARGEST)
     _call("mallopt", _TRIM_THRESHOLD, -1)
     try:
         yield
     finally:
-        _call("mallopt", _MMAP_MAX, _MAPPINGS)
         _call("mallopt", _TRIM_THRESHOLD, 2 * _LARGEST)
         gc.collect()
         _call("malloc_trim", 0)
