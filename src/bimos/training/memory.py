@@ -60,13 +60,14 @@ def kept() -> Iterator[None]:
     """Within it, the top of the heap stays with the process when it is free, for what is made next; on leaving, it goes back to the system.
 
     For steps that are all alike: a step takes and frees gigabytes, and the system clears every page of them anew. Tensors of more than
-    32 MB have mappings of their own all the same.
+    64 MB (a chunk of logits has 48) have mappings of their own all the same.
     """
-    _call("mallopt", _MMAP_THRESHOLD, _LARGEST)
+    _call("mallopt", _MMAP_THRESHOLD, 2 * _LARGEST)
     _call("mallopt", _TRIM_THRESHOLD, -1)
     try:
         yield
     finally:
+        _call("mallopt", _MMAP_THRESHOLD, _LARGEST)
         _call("mallopt", _TRIM_THRESHOLD, 2 * _LARGEST)
         gc.collect()
         _call("malloc_trim", 0)
