@@ -194,7 +194,8 @@ def test_cached_logits_of_several_processes(several: Several, teacher_directory:
     config = settings(text_file, blocks={"enabled": False}, distill=cached)
     for count in (1, 2):
         assert several.run(count, teacher_directory, tmp_path / str(count), config) == ([0] * count, [])
-    assert losses(tmp_path / "2", 1) == pytest.approx(losses(tmp_path / "1", 1), rel=1e-3)
+    # Gradients are rounded by groups of tokens, and which tokens meet depends on the processes: of losses of 3e-4 that shows.
+    assert losses(tmp_path / "2", 1) == pytest.approx(losses(tmp_path / "1", 1), rel=1e-3, abs=2e-6)
 
 
 def test_what_several_processes_cannot_do(several: Several, teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
