@@ -33,7 +33,7 @@ from bimos.training.budget import Budget
 from bimos.training.data import TokenStream
 from bimos.training.distillation import NumberedWindows
 from bimos.training.endtoend import distill
-from bimos.training.memory import peak_bytes, reset_peak
+from bimos.training.memory import kept, peak_bytes, reset_peak
 from bimos.training.progress import Progress
 from bimos.training.student import trainable_layers, uninitialised_student
 
@@ -86,7 +86,8 @@ def measure(stage: str, arguments: argparse.Namespace, profiled: bool) -> dict[s
             if profiler:
                 profiler.start()
             data = NumberedWindows(stream.as_dataset(0, count), count, None, 0)
-            distill(student, teacher, data, length, config.distill, Budget(tokens=count * length), Path(folder) / "distill", watch)
+            with kept():
+                distill(student, teacher, data, length, config.distill, Budget(tokens=count * length), Path(folder) / "distill", watch)
     if profiler:
         profiler.stop()
         with tempfile.TemporaryDirectory() as folder:
