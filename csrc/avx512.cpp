@@ -255,4 +255,9 @@ const Level& avx512_level() {
   return level;
 }
 
+const Level& amx_level() {
+  static const Level level{"amx", Layout::rows64, load, store, dots, mix, table_bytes, build, product, avx512_rows()};
+  return level;
+}
+
 }  // namespace bimos

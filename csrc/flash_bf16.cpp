@@ -2,7 +2,7 @@
 // Shares of keys, and their gradients, are rounded to bfloat16 before they are multiplied (as FlashAttention-2 does).
 //
 // A word is two values side by side along the depth of a product. Rows of words go in from the left, one word a step; from the right a
-// matrix whose row p holds, for each column, values 2p and 2p+1 of the depth.
+// matrix whose row p holds, for each column, values 2p and 2p+1 of the depth. The matrix unit, where there is one, takes the same.
 #include "flash_bf16.h"
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 
+#include "amx.h"
 #include "room.h"
 #include "vectors.h"
 
@@ -29,9 +30,9 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kPairs = kBlock / 2;
 constexpr int64_t kRows = 4, kVectors = 4;  // of a tile of sums
 
-// c [kRows, 16 kCount] = (kAdd ? c : 0) + a b over `depth` words; word (i, p) of a is a[i * row_step + p * step].
+// c [kRows, 16 kCount] = (kAdd ? c : 0) + a b over `depth` words, rows of `a_stride`, `b_stride` and `c_stride`.
 template <int kCount, bool kAdd>
-BIMOS_BF16 void tile(int64_t depth, const uint32_t* a, int64_t row_step, int64_t step, const uint32_t* b, int64_t b_stride, float* c, int64_t c_stride) {
+BIMOS_BF16 void strip(int64_t depth, const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, float* c, int64_t c_stride) {
   __m512 sums[kRows][kCount];
   for (int i = 0; i < kRows; ++i)
     for (int v = 0; v < kCount; ++v) sums[i][v] = kAdd ? _mm512_loadu_ps(c + i * c_stride + v * kWidth) : _mm512_setzero_ps();
@@ -39,7 +40,7 @@ BIMOS_BF16 void tile(int64_t depth, const uint32_t* a, int64_t row_step, int64_t
     __m512bh columns[kCount];
     for (int v = 0; v < kCount; ++v) columns[v] = std::bit_cast<__m512bh>(_mm512_loadu_si512(b + p * b_stride + v * kWidth));
     for (int i = 0; i < kRows; ++i) {
-      const auto word = std::bit_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a[i * row_step + p * step])));
+      const auto word = std::bit_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a[i * a_stride + p])));
       for (int v = 0; v < kCount; ++v) sums[i][v] = _mm512_dpbf16_ps(sums[i][v], word, columns[v]);
     }
   }
@@ -47,16 +48,52 @@ BIMOS_BF16 void tile(int64_t depth, const uint32_t* a, int64_t row_step, int64_t
     for (int v = 0; v < kCount; ++v) _mm512_storeu_ps(c + i * c_stride + v * kWidth, sums[i][v]);
 }
 
-// The same for a block of rows and a multiple of 16 columns; `depth(i)` is that of rows [i, i + kRows).
-template <bool kAdd, typename Depth>
-BIMOS_BF16 void multiply(int64_t columns, Depth depth, const uint32_t* a, int64_t row_step, int64_t step, const uint32_t* b, int64_t b_stride, float* c,
+// c [32, 32] = (kAdd ? c : 0) + a b over `depth` words, a multiple of 16, by the matrix unit.
+template <bool kAdd>
+BIMOS_BF16 void square(int64_t depth, const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, float* c, int64_t c_stride) {
+  float *upper = c, *lower = c + amx::kRows * c_stride;
+  if (kAdd) {
+    amx::load<0>(upper, c_stride * 4);
+    amx::load<1>(upper + amx::kWords, c_stride * 4);
+    amx::load<2>(lower, c_stride * 4);
+    amx::load<3>(lower + amx::kWords, c_stride * 4);
+  } else {
+    amx::zero<0>();
+    amx::zero<1>();
+    amx::zero<2>();
+    amx::zero<3>();
+  }
+  for (int64_t p = 0; p < depth; p += amx::kWords, a += amx::kWords, b += amx::kWords * b_stride) {
+    amx::load<4>(a, a_stride * 4);
+    amx::load<6>(b, b_stride * 4);
+    amx::load<7>(b + amx::kWords, b_stride * 4);
+    amx::load<5>(a + amx::kRows * a_stride, a_stride * 4);
+    amx::add_bfloat16<0, 4, 6>();
+    amx::add_bfloat16<1, 4, 7>();
+    amx::add_bfloat16<2, 5, 6>();
+    amx::add_bfloat16<3, 5, 7>();
+  }
+  amx::store<0>(upper, c_stride * 4);
+  amx::store<1>(upper + amx::kWords, c_stride * 4);
+  amx::store<2>(lower, c_stride * 4);
+  amx::store<3>(lower + amx::kWords, c_stride * 4);
+}
+
+// c [rows, columns] = (kAdd ? c : 0) + a b; both are multiples of 32. `depth(i)` words are seen by rows [i, i + 32).
+template <bool kMatrix, bool kAdd, typename Depth>
+BIMOS_BF16 void multiply(int64_t rows, int64_t columns, Depth depth, const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, float* c,
                          int64_t c_stride) {
-  int64_t j = 0;
-  for (; j + kVectors * kWidth <= columns; j += kVectors * kWidth)
-    for (int64_t i = 0; i < kBlock; i += kRows)
-      tile<kVectors, kAdd>(depth(i), a + i * row_step, row_step, step, b + j, b_stride, c + i * c_stride + j, c_stride);
-  for (; j < columns; j += kWidth)
-    for (int64_t i = 0; i < kBlock; i += kRows) tile<1, kAdd>(depth(i), a + i * row_step, row_step, step, b + j, b_stride, c + i * c_stride + j, c_stride);
+  if constexpr (kMatrix) {
+    for (int64_t j = 0; j < columns; j += 32)
+      for (int64_t i = 0; i < rows; i += 32) square<kAdd>(depth(i), a + i * a_stride, a_stride, b + j, b_stride, c + i * c_stride + j, c_stride);
+  } else {
+    int64_t j = 0;
+    for (; j + kVectors * kWidth <= columns; j += kVectors * kWidth)
+      for (int64_t i = 0; i < rows; i += kRows)
+        strip<kVectors, kAdd>(depth(i), a + i * a_stride, a_stride, b + j, b_stride, c + i * c_stride + j, c_stride);
+    for (; j < columns; j += kWidth)
+      for (int64_t i = 0; i < rows; i += kRows) strip<1, kAdd>(depth(i), a + i * a_stride, a_stride, b + j, b_stride, c + i * c_stride + j, c_stride);
+  }
 }
 
 const uint16_t* row_of(const Heads& heads, int64_t batch, int64_t head, int64_t token) {
@@ -115,19 +152,21 @@ struct Sums {
   float scale;
   float most[kBlock], total[kBlock];
 
+  template <bool kMatrix>
   BIMOS_BF16 void add(const uint32_t* query, int64_t width, const uint32_t* keys, const uint32_t* values, int64_t own) {
+    constexpr int64_t kStep = kMatrix ? 2 * amx::kRows : kRows;
     const int64_t words = width / 2;
     std::memset(sums, 0, static_cast<size_t>(kBlock * width) * 4);
     std::fill_n(most, kBlock, -kInfinity);
     std::fill_n(total, kBlock, 0.0F);
     for (int64_t k = 0; k <= own; ++k) {
-      multiply<false>(kBlock, [&](int64_t) BIMOS_ALWAYS { return words; }, query, words, 1, keys + k * words * kBlock, kBlock, scores, kBlock);
+      multiply<kMatrix, false>(kBlock, kBlock, [&](int64_t) BIMOS_ALWAYS { return words; }, query, words, keys + k * words * kBlock, kBlock, scores, kBlock);
       for (int64_t i = 0; i < kBlock; ++i) {
         if (k == own) std::fill(scores + i * kBlock + i + 1, scores + (i + 1) * kBlock, -kInfinity);
         weigh(i, width);
       }
-      const auto seen = [&](int64_t i) BIMOS_ALWAYS { return k == own ? (i + kRows + 1) / 2 : kPairs; };
-      multiply<true>(width, seen, shares, kPairs, 1, values + k * kPairs * width, width, sums, width);
+      const auto seen = [&](int64_t i) BIMOS_ALWAYS { return k == own ? (i + kStep + 1) / 2 : kPairs; };
+      multiply<kMatrix, true>(kBlock, width, seen, shares, kPairs, values + k * kPairs * width, width, sums, width);
     }
   }
 
@@ -153,7 +192,8 @@ struct Sums {
   }
 };
 
-BIMOS_TARGET void forward(const Problem& problem, int64_t batch, int64_t group) {
+template <bool kMatrix>
+BIMOS_BF16 void forward_group(const Problem& problem, int64_t batch, int64_t group) {
   const int64_t tokens = problem.tokens, n = problem.n, width = up(n, 2 * kWidth), words = width / 2, blocks = up(tokens, kBlock) / kBlock;
   const int64_t shared = problem.heads / problem.key_heads;
   Room room(blocks * kBlock * (words + words) + kBlock * words + kBlock * (width + kBlock + kPairs) + 8 * kWidth);
@@ -169,7 +209,7 @@ BIMOS_TARGET void forward(const Problem& problem, int64_t batch, int64_t group) 
     for (int64_t q = 0; q < blocks; ++q) {
       const int64_t first = q * kBlock, rows = std::min(kBlock, tokens - first);
       read(problem.query, batch, head, first, tokens, n, width, query);
-      result.add(query, width, keys, values, q);
+      result.template add<kMatrix>(query, width, keys, values, q);
       float* lse = problem.lse + (batch * problem.heads + head) * tokens + first;
       auto* out = const_cast<uint16_t*>(row_of(problem.out, batch, head, first));
       for (int64_t i = 0; i < rows; ++i) {
@@ -221,8 +261,9 @@ struct Slopes {
             const int64_t at = p + v * kWidth;
             const Floats score = load(scores + key * kBlock + at, kWidth) * scale - load(queries.lse + at, kWidth);
             share[r][v] = exponential(score);
-            if (own && key > at) {
-              for (int64_t i = 0; i < std::min<int64_t>(kWidth, key - at); ++i) share[r][v][i] = 0;  // queries before the key
+            if (own && key > at) {  // queries before the key
+              const auto before = static_cast<__mmask16>((1U << std::min<int64_t>(kWidth, key - at)) - 1);
+              share[r][v] = std::bit_cast<Floats>(_mm512_mask_mov_ps(std::bit_cast<__m512>(share[r][v]), before, _mm512_setzero_ps()));
             }
             slope[r][v] = share[r][v] * (load(grads + key * kBlock + at, kWidth) - load(queries.delta + at, kWidth));
           }
@@ -238,19 +279,23 @@ struct Slopes {
   }
 };
 
-BIMOS_TARGET void backward(const Problem& problem, int64_t batch, int64_t group) {
+template <bool kMatrix>
+BIMOS_BF16 void backward_group(const Problem& problem, int64_t batch, int64_t group) {
   const int64_t tokens = problem.tokens, n = problem.n, width = up(n, 2 * kWidth), words = width / 2, blocks = up(tokens, kBlock) / kBlock;
   const int64_t shared = problem.heads / problem.key_heads, block = kBlock * words;
-  Room room(blocks * block * 3 + blocks * kBlock * width * 2 + 6 * block + kBlock * (width + 2 * kBlock + 3 * kPairs) + 24 * kWidth);
-  uint32_t *keys = room.words(blocks * block), *values = room.words(blocks * block), *keys_paired = room.words(blocks * block);
-  float *of_keys = room.floats(blocks * kBlock * width), *of_values = room.floats(blocks * kBlock * width), *of_query = room.floats(kBlock * width);
+  Room room(blocks * block * 3 + blocks * kBlock * width * 2 + 6 * block + kBlock * (2 * width + 2 * kBlock + 3 * kPairs) + 24 * kWidth);
+  uint32_t *keys = room.words(blocks * block), *values = room.words(blocks * block), *keys_across = room.words(blocks * block);
+  float *of_keys = room.floats(blocks * kBlock * width), *of_values = room.floats(blocks * kBlock * width);
+  float *across = room.floats(kBlock * width), *of_query = room.floats(kBlock * width);
   uint32_t *rows = room.words(block), *spare = room.words(block);
   Queries queries{room.words(block), room.words(block), room.words(block), room.words(block), {}, {}};
   Slopes made{room.floats(kBlock * kBlock), room.floats(kBlock * kBlock), room.words(kBlock * kPairs), room.words(kBlock * kPairs), room.words(kPairs * kBlock)};
   for (int64_t k = 0; k < blocks; ++k) {
     read(problem.value, batch, group, k * kBlock, tokens, n, width, values + k * block);
     read(problem.key, batch, group, k * kBlock, tokens, n, width, keys + k * block);
-    pair_up(keys + k * block, width, keys_paired + k * block);
+    pair_up(keys + k * block, width, spare);
+    for (int64_t j = 0; j < width; ++j)
+      for (int64_t p = 0; p < kPairs; ++p) keys_across[k * block + j * kPairs + p] = spare[p * width + j];
   }
   std::memset(of_keys, 0, static_cast<size_t>(blocks * kBlock * width) * 4);
   std::memset(of_values, 0, static_cast<size_t>(blocks * kBlock * width) * 4);
@@ -261,15 +306,17 @@ BIMOS_TARGET void backward(const Problem& problem, int64_t batch, int64_t group)
     for (int64_t q = 0; q < blocks; ++q) {
       const int64_t first = q * kBlock;
       queries.read_all(problem, batch, head, first, width, rows, spare);
-      std::memset(of_query, 0, static_cast<size_t>(kBlock * width) * 4);
+      std::memset(across, 0, static_cast<size_t>(kBlock * width) * 4);
       for (int64_t k = 0; k <= q; ++k) {
-        multiply<false>(kBlock, all_words, keys + k * block, words, 1, queries.turned, kBlock, made.scores, kBlock);
-        multiply<false>(kBlock, all_words, values + k * block, words, 1, queries.grad_turned, kBlock, made.grads, kBlock);
+        multiply<kMatrix, false>(kBlock, kBlock, all_words, keys + k * block, words, queries.turned, kBlock, made.scores, kBlock);
+        multiply<kMatrix, false>(kBlock, kBlock, all_words, values + k * block, words, queries.grad_turned, kBlock, made.grads, kBlock);
         made.make(queries, problem.scale, k == q);
-        multiply<true>(width, all_pairs, made.shares, kPairs, 1, queries.grad_paired, width, of_values + k * kBlock * width, width);
-        multiply<true>(width, all_pairs, made.slopes, kPairs, 1, queries.paired, width, of_keys + k * kBlock * width, width);
-        multiply<true>(width, all_pairs, made.turned, 1, kBlock, keys_paired + k * block, width, of_query, width);
+        multiply<kMatrix, true>(kBlock, width, all_pairs, made.shares, kPairs, queries.grad_paired, width, of_values + k * kBlock * width, width);
+        multiply<kMatrix, true>(kBlock, width, all_pairs, made.slopes, kPairs, queries.paired, width, of_keys + k * kBlock * width, width);
+        multiply<kMatrix, true>(width, kBlock, all_pairs, keys_across + k * block, kPairs, made.turned, kBlock, across, kBlock);
       }
+      for (int64_t i = 0; i < kBlock; ++i)
+        for (int64_t j = 0; j < width; ++j) of_query[i * width + j] = across[j * kBlock + i];
       write(of_query, std::min(kBlock, tokens - first), n, width, problem.scale, static_cast<uint16_t*>(problem.of_query) + (place + first) * n, n);
     }
   }
@@ -278,12 +325,26 @@ BIMOS_TARGET void backward(const Problem& problem, int64_t batch, int64_t group)
   write(of_values, tokens, n, width, 1.0F, static_cast<uint16_t*>(problem.of_value) + place, n);
 }
 
+BIMOS_TARGET void forward(const Problem& problem, int64_t batch, int64_t group) { forward_group<false>(problem, batch, group); }
+BIMOS_TARGET void backward(const Problem& problem, int64_t batch, int64_t group) { backward_group<false>(problem, batch, group); }
+
+BIMOS_TARGET void forward_by_matrices(const Problem& problem, int64_t batch, int64_t group) {
+  const amx::Tiles tiles;
+  forward_group<true>(problem, batch, group);
+}
+
+BIMOS_TARGET void backward_by_matrices(const Problem& problem, int64_t batch, int64_t group) {
+  const amx::Tiles tiles;
+  backward_group<true>(problem, batch, group);
+}
+
 }  // namespace
 #endif
 
 Functions training_for(const char* level, bool is_float) {
 #ifdef BIMOS_X86
-  if (!is_float && std::strcmp(level, "avx512") == 0 && __builtin_cpu_supports("avx512bf16")) return {forward, backward};
+  if (!is_float && std::strcmp(level, "amx") == 0) return {forward_by_matrices, backward_by_matrices};
+  if (!is_float && is_avx512(level) && __builtin_cpu_supports("avx512bf16")) return {forward, backward};
 #endif
   return functions_for(level, is_float);
 }

@@ -138,7 +138,7 @@ void pack(const float* rows, int64_t count, int64_t n, uint8_t* tile, float* sca
 
 Functions functions_for([[maybe_unused]] const char* level) {
 #ifdef BIMOS_X86
-  if (std::strcmp(level, "avx512") == 0) return avx512_functions();
+  if (is_avx512(level)) return avx512_functions();
 #endif
   return {prepare, product, block, tile, outer};
 }

@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "amx.h"
+
 namespace bimos {
 namespace {
 
@@ -25,12 +27,15 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
 }
+
+bool has_amx() { return has_avx512() && __builtin_cpu_supports("avx512bf16") && amx::is_usable(); }
 #endif
 
 bool always() { return true; }
 
 constexpr Candidate kCandidates[] = {
 #ifdef BIMOS_X86
+    {amx_level, has_amx},
     {avx512_level, has_avx512},
     {avx2_level, has_avx2},
 #endif

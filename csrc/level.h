@@ -54,6 +54,7 @@ const Level& scalar_level();
 #ifdef BIMOS_X86
 const Level& avx2_level();
 const Level& avx512_level();
+const Level& amx_level();  // avx512, and the matrix unit
 #endif
 
 // The level in use: the highest that the processor has, or lower where BIMOS_ISA or `use_level` says so.

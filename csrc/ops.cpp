@@ -45,7 +45,7 @@ int64_t block_of(const Tensor& weight, const Optional& scale_group, int64_t grou
 const Level* level_for(int64_t in, int64_t block) {
   if (fits(level().layout, in, block)) return &level();
 #ifdef BIMOS_X86
-  if (&level() == &avx512_level() && fits(avx2_level().layout, in, block)) return &avx2_level();
+  if (level().layout == Layout::rows64 && fits(avx2_level().layout, in, block)) return &avx2_level();
 #endif
   return nullptr;
 }

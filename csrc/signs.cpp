@@ -40,14 +40,6 @@ BIMOS_AVX512 void sixteen_columns(const float* values, int64_t in, int64_t strid
 }
 #endif
 
-bool is_avx512([[maybe_unused]] const char* level) {
-#ifdef BIMOS_X86
-  return std::strcmp(level, "avx512") == 0;
-#else
-  return false;
-#endif
-}
-
 }  // namespace
 
 void sign_bits(const char* level, const float* values, int64_t in, int64_t first, int64_t last, uint8_t* bits) {

@@ -33,12 +33,21 @@
   }
 #ifdef BIMOS_X86
 #define BIMOS_FOR_LEVEL(level, function) \
-  (std::strcmp(level, "avx512") == 0 ? width16::function : std::strcmp(level, "avx2") == 0 ? width8::function : width4::function)
+  (is_avx512(level) ? width16::function : std::strcmp(level, "avx2") == 0 ? width8::function : width4::function)
 #else
 #define BIMOS_FOR_LEVEL(level, function) (static_cast<void>(level), width4::function)
 #endif
 
 namespace bimos {
+
+// Whether a level of level.h, by its name, has the vectors of AVX-512.
+inline bool is_avx512([[maybe_unused]] const char* level) {
+#ifdef BIMOS_X86
+  return std::strcmp(level, "avx512") == 0 || std::strcmp(level, "amx") == 0;
+#else
+  return false;
+#endif
+}
 
 // A function that is always inlined, in one function a level.
 template <auto kBody>
@@ -57,7 +66,7 @@ struct Compiled<kBody> {
 template <auto kBody>
 auto pick([[maybe_unused]] const char* level) {
 #ifdef BIMOS_X86
-  if (std::strcmp(level, "avx512") == 0) return Compiled<kBody>::avx512;
+  if (is_avx512(level)) return Compiled<kBody>::avx512;
   if (std::strcmp(level, "avx2") == 0) return Compiled<kBody>::avx2;
 #endif
   return Compiled<kBody>::scalar;

@@ -72,7 +72,7 @@ def this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 def avx2_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Work as on a processor that has AVX2 and no AVX-512: in float32, by tables."""
     highest = native.isa()
-    if highest not in ("avx2", "avx512"):
+    if highest not in ("avx2", "avx512", "amx"):
         pytest.skip("this processor, or this build, has no AVX2")
     native.use_isa("avx2")
     monkeypatch.setattr(native, "_multiplies_bfloat16", lambda: False)

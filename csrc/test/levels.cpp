@@ -117,7 +117,7 @@ int main(int argc, char** argv) {
     std::printf("expected %s\n", argv[1]);
     failed = 1;
   }
-  for (const char* name : {"scalar", "avx2", "avx512"}) {
+  for (const char* name : {"scalar", "avx2", "avx512", "amx"}) {
     if (!bimos::use_level(name)) continue;
     double worst = 0;
     for (const int64_t in : {8, 40, 576, 1536})

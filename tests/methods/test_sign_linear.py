@@ -112,6 +112,7 @@ def test_elsewhere_torch_multiplies(dtype: torch.dtype, tables: None, monkeypatc
     [
         ("avx512", False, True, {torch.bfloat16}),
         ("avx512", True, True, set()),
+        ("amx", True, True, set()),
         ("avx2", False, True, set()),  # a lower level was asked for
         ("avx2", False, False, {torch.float32}),
         (None, False, False, set()),

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(native.isa() is None, reason="the kernels are no
 
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "pays", lambda dtype: True)
+    monkeypatch.setattr(attention, "attention_pays", lambda dtype: True)
 
 
 def exact(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -1,7 +1,7 @@
 """The CPU's kernels in C++ (`csrc/`): loaded where they were built, absent where they were not.
 
-They register themselves for the ops of `bimos.kernels.ops`. Instruction levels are `scalar`, `avx2` and `avx512`; the highest that the
-processor has is used, or the one that the environment variable BIMOS_ISA names. `BIMOS_ISA=reference` leaves the ops to plain torch.
+They register themselves for the ops of `bimos.kernels.ops`. Instruction levels are `scalar`, `avx2`, `avx512` and `amx`; the highest that
+the processor has is used, or the one that the environment variable BIMOS_ISA names. `BIMOS_ISA=reference` leaves the ops to plain torch.
 BIMOS_NATIVE names another build of the library (`make sanitize`).
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from bimos.errors import BimosError
 from bimos.kernels import ops  # noqa: F401 - schemas come first
 
-LEVELS = ("scalar", "avx2", "avx512")
+LEVELS = ("scalar", "avx2", "avx512", "amx")
 TRAINED = (torch.float32, torch.bfloat16)  # what training computes in
 LIBRARY = Path(os.environ.get("BIMOS_NATIVE") or Path(__file__).with_name("_native.so"))
 
@@ -51,6 +51,11 @@ def pays(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return isa() == "avx512" and not _has_matrix_unit()
     return dtype == torch.float32 and isa() == "avx2" and not _multiplies_bfloat16()
+
+
+def attention_pays(dtype: torch.dtype) -> bool:
+    """Whether attention in C++ is faster than torch's: as `pays` says, and in bfloat16 with the matrix unit."""
+    return pays(dtype) or (dtype == torch.bfloat16 and isa() == "amx")
 
 
 def fast_dtype(dtype: torch.dtype, device: torch.device | None = None) -> torch.dtype:

@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from bimos.kernels import native
-from bimos.kernels.native import pays
+from bimos.kernels.native import attention_pays
 
 NAME = "bimos_sdpa"
 PLAIN = {"sliding_window", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
@@ -30,7 +30,7 @@ PLAIN = {"sliding_window", "position_ids", "cache_position", "use_cache", "outpu
 def fast_attention(*models: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Within it, those of `models` that attend by `sdpa` do so by `attend`, if this processor has the instructions that make it pay."""
     parts: list[Any] = [m for model in models for m in model.modules() if hasattr(m, "config")]
-    configs = {id(m.config): m.config for m in parts if pays(dtype if dtype is not None else getattr(m, "dtype", torch.float64))}
+    configs = {id(m.config): m.config for m in parts if attention_pays(dtype if dtype is not None else getattr(m, "dtype", torch.float64))}
     # Not by `_attn_implementation`, which sets that of configs within a config too.
     changed = [config for config in configs.values() if getattr(config, "_attn_implementation", None) == "sdpa"]
     for config in changed:
