@@ -57,6 +57,16 @@ template <int kSums, int kLeft, int kRight>
 BIMOS_INLINE void add_bfloat16() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kLeft), "i"(kRight));
 }
+
+// The same of bytes in 32 bits: the left side's signed or not, the right side's signed.
+template <int kSums, int kLeft, int kRight, bool kSigned>
+BIMOS_INLINE void add_bytes() {
+  if constexpr (kSigned) {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kLeft), "i"(kRight));
+  } else {
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kLeft), "i"(kRight));
+  }
+}
 #endif
 
 }  // namespace bimos::amx

@@ -256,7 +256,7 @@ const Level& avx512_level() {
 }
 
 const Level& amx_level() {
-  static const Level level{"amx", Layout::rows64, load, store, dots, mix, table_bytes, build, product, avx512_rows()};
+  static const Level level{"amx", Layout::rows64, load, store, dots, mix, table_bytes, build, product, avx512_rows(), true};
   return level;
 }
 

@@ -48,6 +48,7 @@ struct Level {
                   float* y, int64_t stride);
 
   const Rows& rows;
+  bool has_matrices = false;  // many tokens go by the matrix unit (matrices.h)
 };
 
 const Level& scalar_level();

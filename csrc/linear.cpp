@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "matrices.h"
 #include "spent.h"
 #include "tiles.h"
 
@@ -15,7 +16,10 @@ constexpr int64_t kWorthAThread = 1 << 18;
 // With more tokens than this for each thread, threads share out the tokens, and no table is made twice.
 constexpr int64_t kManyTokens = 2 * kTokens;
 
-// What one thread needs for `kTokens` tokens; grows, and is kept from call to call.
+// With this many or more for each thread they do so where the matrix unit makes signs bytes again and again instead.
+constexpr int64_t kManyForMatrices = 64;
+
+// What one thread needs for the tokens that it takes at a time; grows, and is kept from call to call.
 struct Scratch {
   std::vector<float> x, y, scaled, product, gate, scales;
   std::vector<uint8_t> tables;
@@ -61,18 +65,18 @@ struct Job {
 };
 
 // Rows of tiles [first, last) of `count` tokens from `token` on.
-void some(const Job& job, int64_t token, int count, int64_t first, int64_t last) {
+void some(const Job& job, int64_t token, int64_t count, int64_t first, int64_t last) {
   const int64_t in = job.linear.in, out = job.linear.out, padded = padded_inputs(in), size = size_of(job.dtype);
   const int64_t tile_rows = rows_of(job.level.layout), stride = job.tiles * tile_rows;
   const int64_t row = first * tile_rows, rows = std::min(out, last * tile_rows) - row;
-  float* x = at_least(scratch().x, kTokens * padded);
-  float* y = at_least(scratch().y, kTokens * stride);
-  for (int t = 0; t < count; ++t) {
+  float* x = at_least(scratch().x, count * padded);
+  float* y = at_least(scratch().y, count * stride);
+  for (int64_t t = 0; t < count; ++t) {
     job.level.load(job.x + (token + t) * in * size, job.dtype, in, x + t * padded);
     std::fill(x + t * padded + in, x + (t + 1) * padded, 0.0F);
   }
   rows_of_linear(job.level, job.linear, x, padded, count, first, last, y, stride);
-  for (int t = 0; t < count; ++t) job.level.store(y + t * stride + row, job.dtype, rows, job.y + ((token + t) * out + row) * size);
+  for (int64_t t = 0; t < count; ++t) job.level.store(y + t * stride + row, job.dtype, rows, job.y + ((token + t) * out + row) * size);
 }
 
 void part(int64_t index, void* context) {
@@ -82,7 +86,10 @@ void part(int64_t index, void* context) {
   if (begin == end) return;
   const int64_t token = job.by_tokens ? begin : 0, tokens = job.by_tokens ? end : job.tokens;
   const int64_t first = job.by_tokens ? 0 : begin, last = job.by_tokens ? job.tiles : end;
-  for (int64_t t = token; t < tokens; t += kTokens) some(job, t, static_cast<int>(std::min<int64_t>(kTokens, tokens - t)), first, last);
+  for (int64_t t = token, count = 0; t < tokens; t += count) {
+    count = tokens_at_a_time(job.level, job.linear, tokens - t);
+    some(job, t, count, first, last);
+  }
 }
 
 struct Int8Job {
@@ -122,26 +129,64 @@ void int8_part(int64_t index, void* context) {
 
 }  // namespace
 
-void rows_of_linear(const Level& level, const Linear& linear, const float* x, int64_t x_stride, int count, int64_t first, int64_t last,
+int64_t tokens_at_a_time(const Level& level, const Linear& linear, int64_t tokens) {
+  const bool by_matrices = level.has_matrices && tokens >= matrices::kFewest;
+  return std::min<int64_t>(by_matrices ? matrices::most_tokens(linear.in) : kTokens, tokens);
+}
+
+namespace {
+
+// The product of a plane with `count` tokens, by tables or by matrices; `input(t, spare)` is what token t is multiplied as.
+template <typename Input>
+void product_of_plane(const Level& level, const Plane& plane, int64_t count, Input input, int64_t first, int64_t last, float* y, int64_t stride) {
+  Scratch& mine = scratch();
+  const bool by_matrices = count > kTokens;
+  const int64_t padded = padded_inputs(plane.in), step = by_matrices ? matrices::kTile : 1;
+  const auto bytes = static_cast<int64_t>(by_matrices ? matrices::tile_bytes(plane) : level.table_bytes(plane.in));
+  const auto floats = by_matrices ? static_cast<int64_t>(matrices::tile_floats(plane)) : ceil_div(plane.in, plane.block);
+  float* scaled = at_least(mine.scaled, step * padded);
+  float* scales = at_least(mine.scales, ceil_div(count, step) * floats);
+  uint8_t* tables = at_least(mine.tables, ceil_div(count, step) * bytes + 64);
+  tables += (64 - reinterpret_cast<uintptr_t>(tables) % 64) % 64;
+  if (by_matrices) {
+    for (int64_t t = 0; t < count; t += step) {
+      const int64_t few = std::min(step, count - t);
+      const float* from = input(t, scaled);
+      const int64_t stride_of_x = few == 1 ? 0 : input(t + 1, scaled + padded) - from;
+      for (int64_t i = 2; i < few; ++i) input(t + i, scaled + i * padded);
+      matrices::prepare(from, stride_of_x, few, plane, tables + t / step * bytes, scales + t / step * floats);
+      mark(Part::tables);
+    }
+    matrices::product(plane, first, last, tables, scales, count, y, stride);
+  } else {
+    const uint8_t* each_table[kTokens];
+    const float* each_scale[kTokens];
+    std::fill(scaled + plane.in, scaled + padded, 0.0F);
+    for (int64_t t = 0; t < count; ++t) {
+      each_table[t] = tables + t * bytes;
+      each_scale[t] = scales + t * floats;
+      level.build(input(t, scaled), plane, tables + t * bytes, scales + t * floats);
+      mark(Part::tables);
+    }
+    level.product(plane, first, last, each_table, each_scale, static_cast<int>(count), y, stride);
+  }
+  mark(Part::products);
+}
+
+}  // namespace
+
+void rows_of_linear(const Level& level, const Linear& linear, const float* x, int64_t x_stride, int64_t count, int64_t first, int64_t last,
                     float* y, int64_t y_stride) {
   Scratch& mine = scratch();
-  const int64_t in = linear.in, padded = padded_inputs(in), experts = linear.experts, blocks = ceil_div(in, linear.block);
+  const int64_t in = linear.in, experts = linear.experts;
   const int64_t tile_rows = rows_of(level.layout), tiles = tile_count(level.layout, linear.out), stride = tiles * tile_rows;
   const int64_t row = first * tile_rows, rows = std::min(linear.out, last * tile_rows) - row;
-  const auto bytes = static_cast<int64_t>(level.table_bytes(in));
-  float* scaled = at_least(mine.scaled, padded);
   // One plane and nothing to add it to, in whole tiles: the product is made where the result is to be.
   const bool is_alone = linear.planes == 1 && linear.bias == nullptr && linear.offset == nullptr && linear.out % tile_rows == 0;
-  float* product = is_alone ? y : at_least(mine.product, kTokens * stride);
+  float* product = is_alone ? y : at_least(mine.product, count * stride);
   const int64_t product_stride = is_alone ? y_stride : stride;
-  float* gates = at_least(mine.gate, kTokens * experts);
-  float* all_scales = at_least(mine.scales, kTokens * blocks);
-  uint8_t* all_tables = at_least(mine.tables, kTokens * bytes + 64);
-  all_tables += (64 - reinterpret_cast<uintptr_t>(all_tables) % 64) % 64;
-  const uint8_t* tables[kTokens];
-  const float* scales[kTokens];
-  std::fill(scaled + in, scaled + padded, 0.0F);
-  for (int t = 0; t < count; ++t) {
+  float* gates = at_least(mine.gate, count * experts);
+  for (int64_t t = 0; t < count; ++t) {
     float* gate = gates + t * experts;
     gate[0] = 1;
     if (linear.router != nullptr) {
@@ -160,21 +205,14 @@ void rows_of_linear(const Level& level, const Linear& linear, const float* x, in
   for (int64_t p = 0; p < linear.planes; ++p) {
     Plane plane{nullptr, in, linear.block, linear.grouped, linear.int8};
     plane.data = linear.tiles + p * tiles * tile_bytes(level.layout, plane);
-    for (int t = 0; t < count; ++t) {
-      const float* input = x + t * x_stride;
-      if (linear.scale_in != nullptr) {
-        level.mix(input, gates + t * experts, linear.scale_in + p * experts * in, experts, in, in, scaled);
-        input = scaled;
-        mark(Part::scales);
-      }
-      level.build(input, plane, all_tables + t * bytes, all_scales + t * blocks);
-      tables[t] = all_tables + t * bytes;
-      scales[t] = all_scales + t * blocks;
-      mark(Part::tables);
-    }
-    level.product(plane, first, last, tables, scales, count, product, product_stride);
-    mark(Part::products);
-    for (int t = 0; t < count; ++t) {
+    const auto input = [&](int64_t t, float* spare) -> const float* {
+      if (linear.scale_in == nullptr) return x + t * x_stride;
+      level.mix(x + t * x_stride, gates + t * experts, linear.scale_in + p * experts * in, experts, in, in, spare);
+      mark(Part::scales);
+      return spare;
+    };
+    product_of_plane(level, plane, count, input, first, last, product, product_stride);
+    for (int64_t t = 0; t < count; ++t) {
       float* part = product + t * product_stride + row;
       if (linear.scale_out != nullptr) {
         level.mix(part, gates + t * experts, linear.scale_out + p * experts * linear.out + row, experts, linear.out, rows, part);
@@ -188,7 +226,7 @@ void rows_of_linear(const Level& level, const Linear& linear, const float* x, in
 void apply(const Level& level, const Linear& linear, const void* x, Dtype dtype, int64_t tokens, void* y, const Pool& pool) {
   const int64_t tiles = tile_count(level.layout, linear.out);
   const int64_t worth = linear.in * linear.out * linear.planes * tokens / kWorthAThread;
-  const bool by_tokens = tokens >= kManyTokens * pool.size;
+  const bool by_tokens = tokens >= (level.has_matrices ? kManyForMatrices : kManyTokens) * pool.size;
   const int64_t parts = std::clamp<int64_t>(worth, 1, std::min(pool.size, by_tokens ? tokens : tiles));
   Job job{level, linear, static_cast<const char*>(x), static_cast<char*>(y), dtype, tokens, tiles, parts, by_tokens};
   if (parts == 1) return part(0, &job);

@@ -28,9 +28,12 @@ struct Linear {
 // Inputs up to which a row of float32 must hold zeros.
 inline int64_t padded_inputs(int64_t in) { return (in + 31) / 32 * 32; }
 
-// Rows of tiles [first, last) of y, for count <= kTokens tokens; float32, `x_stride` and `y_stride` values from token to token.
+// How many of `tokens` to give `rows_of_linear`.
+int64_t tokens_at_a_time(const Level& level, const Linear& linear, int64_t tokens);
+
+// Rows of tiles [first, last) of y, for `count` tokens, as many as `tokens_at_a_time` says or kTokens; float32, `x_stride` and `y_stride` values from token to token.
 // x holds zeros up to padded_inputs(in). Runs in the caller's thread.
-void rows_of_linear(const Level& level, const Linear& linear, const float* x, int64_t x_stride, int count, int64_t first, int64_t last,
+void rows_of_linear(const Level& level, const Linear& linear, const float* x, int64_t x_stride, int64_t count, int64_t first, int64_t last,
                     float* y, int64_t y_stride);
 
 // y [tokens, out] of x [tokens, in], both contiguous and of `dtype`. The tiles are in the layout of `level`.

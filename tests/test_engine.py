@@ -118,7 +118,7 @@ def test_int8_sums(kind: str, options: dict[str, Any], packed: Packed) -> None:
     ids = text(50)
     expected = Engine(model, threads=2).logits(ids)
     actual = Engine(model, threads=2, activation="int8").logits(ids)
-    assert 1e-3 * expected.norm() < (actual - expected).norm() < 0.15 * expected.norm()
+    assert 3e-4 * expected.norm() < (actual - expected).norm() < 0.15 * expected.norm()
 
 
 @over_cases
@@ -138,7 +138,7 @@ def test_a_cache_grows(bits: int, packed: Packed) -> None:
     sequence = torch.ops.bimos.engine_open(engine._id)
     for i in range(0, 300, 3):
         some = torch.ops.bimos.engine_read(engine._id, ids[i : i + 3], [sequence] * 3, 2)
-        assert (some - whole[i : i + 3]).norm() < 1e-3 * some.norm()
+        assert (some - whole[i : i + 3]).norm() < 3e-3 * some.norm()
 
 
 @pytest.mark.parametrize(
@@ -160,12 +160,12 @@ def test_prompts_of_many_blocks(kind: str, options: dict[str, Any], bits: int, t
 
     few = in_parts(*[2] * 115)  # too few to be turned
     for sizes in ((230,), (70, 160), (1, 64, 101, 64), (150, 3, 77)):
-        assert (in_parts(*sizes) - few).norm() < 1e-3 * few.norm()
+        assert (in_parts(*sizes) - few).norm() < 3e-3 * few.norm()
     first, second, third = (torch.ops.bimos.engine_open(engine._id) for _ in range(3))
     together = torch.ops.bimos.engine_read(engine._id, ids[:90] + other + ids[:5], [first] * 90 + [second] * 47 + [third] * 5, 2)
-    assert (together[:90] - few[:90]).norm() < 1e-3 * few[:90].norm()
-    assert (together[90:137] - engine.logits(other)).norm() < 1e-3 * together[90:137].norm()
-    assert (together[137:] - few[:5]).norm() < 1e-3 * few[:5].norm()
+    assert (together[:90] - few[:90]).norm() < 3e-3 * few[:90].norm()
+    assert (together[90:137] - engine.logits(other)).norm() < 3e-3 * together[90:137].norm()
+    assert (together[137:] - few[:5]).norm() < 3e-3 * few[:5].norm()
 
 
 def test_ends_at_the_end_of_the_text(packed: Packed) -> None:

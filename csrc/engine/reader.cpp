@@ -87,8 +87,8 @@ struct Reader::Work {
       const int64_t first = std::clamp<int64_t>(mine.begin - before, 0, tiles), last = std::clamp<int64_t>(mine.end - before, 0, tiles);
       before += tiles;
       if (first == last) continue;
-      for (int64_t t = tokens_of_x.begin; t < tokens_of_x.end; t += kTokens) {
-        const int few = static_cast<int>(std::min<int64_t>(kTokens, tokens_of_x.end - t));
+      for (int64_t t = tokens_of_x.begin, few = 0; t < tokens_of_x.end; t += few) {
+        few = tokens_at_a_time(level, *target.linear, tokens_of_x.end - t);
         rows_of_linear(level, *target.linear, x + (t - tokens_of_x.begin) * x_stride, x_stride, few, first, last,
                        target.y + t * target.stride, target.stride);
       }
@@ -251,12 +251,12 @@ void Reader::block(Work& work, const Block& block, int64_t index, int rank) {
   const int64_t rows = rows_of(work.level.layout), tiles = tiles_of(work.level, block.gate);
   const Range part = work.by_tokens ? Range{0, tiles} : share(tiles, rank, work.size());
   const int64_t begin = part.begin * rows, end = std::min(shape.inner, part.end * rows);
-  for (int64_t t = 0; t < mine && begin < end; t += kTokens) {
-    const int few = static_cast<int>(std::min<int64_t>(kTokens, mine - t));
+  for (int64_t t = 0, few = 0; t < mine && begin < end; t += few) {
+    few = std::min(tokens_at_a_time(work.level, block.gate, mine - t), tokens_at_a_time(work.level, block.up, mine - t));
     float *gate = inner_.data() + (own.begin + t) * inner, *up = other_.data() + (own.begin + t) * inner;
     rows_of_linear(work.level, block.gate, normed + t * hidden, hidden, few, part.begin, part.end, gate, inner);
     rows_of_linear(work.level, block.up, normed + t * hidden, hidden, few, part.begin, part.end, up, inner);
-    for (int i = 0; i < few; ++i) work.maths.swiglu(gate + i * inner + begin, up + i * inner + begin, end - begin);
+    for (int64_t i = 0; i < few; ++i) work.maths.swiglu(gate + i * inner + begin, up + i * inner + begin, end - begin);
     mark(Part::rest);
   }
   work.meet_if_rows();

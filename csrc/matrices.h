@@ -1,0 +1,34 @@
+// Products of a plane with many tokens by the matrix unit (amx.h): signs become bytes of +1 and -1, a strip of rows at a time, while
+// they are multiplied, and inputs whole numbers by pieces of up to 640,
+//
+//   x = step (256 high + low),  step = max |x| / 32512      high in -127..127, low in 0..255, a product each
+//   x = step (256 high + low + lowest / 256)                where a few inputs are far larger than the rest
+//   x = step high,              step = max |x| / 127        with activations of 8 bits
+//
+// Sums of a piece are exact; pieces add up in float32. Tokens come in tiles of 16.
+#pragma once
+
+#include <cstddef>
+
+#include "amx.h"
+#include "level.h"
+
+namespace bimos::matrices {
+
+constexpr int64_t kFewest = 8;  // tokens for which it pays
+constexpr int64_t kTile = amx::kRows;
+
+// How many tokens to take at a time: no more than the second cache has room for beside what else is read.
+int64_t most_tokens(int64_t in);
+
+// What `prepare` writes for a tile of tokens: bytes that begin at a line of the cache, and as many floats.
+size_t tile_bytes(const Plane& plane);
+size_t tile_floats(const Plane& plane);
+
+// A tile of `count` tokens, `stride` values from one to the next.
+void prepare(const float* x, int64_t stride, int64_t count, const Plane& plane, uint8_t* tile, float* steps);
+
+// y[t, r] = sum_j sign[r, j] x[t, j] for the rows of row tiles [first, last), as Level::product has it; the tiles follow one another.
+void product(const Plane& plane, int64_t first, int64_t last, const uint8_t* tiles, const float* steps, int64_t tokens, float* y, int64_t stride);
+
+}  // namespace bimos::matrices
