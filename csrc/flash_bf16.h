@@ -1,4 +1,4 @@
-// Attention in training, by products of bfloat16 where the processor has them.
+// Attention by products of bfloat16 where the processor has them.
 #pragma once
 
 #include "flash.h"
@@ -7,5 +7,8 @@ namespace bimos::flash {
 
 // What `functions_for` gives, or these.
 Functions training_for(const char* level, bool is_float);
+
+// What `prompt_for` gives, or what goes by the matrix unit.
+PromptFunction reading_for(const char* level);
 
 }  // namespace bimos::flash

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "../flash.h"
+#include "../flash_bf16.h"
 #include "../int4.h"
 #include "../spent.h"
 #include "../tiles.h"
@@ -231,7 +231,7 @@ void Reader::block(Work& work, const Block& block, int64_t index, int rank) {
         const flash::Prompt prompt{query_.data() + at, mixed_.data() + at, heads, group, run.end - run.begin, shape.head, token.position,
                                    block.window > 0 ? block.window : flash::kEndless, scale, token.sequence->keys(index, g),
                                    token.sequence->values(index, g)};
-        flash::prompt_for(work.level.name)(prompt, mine_of_run.data(), static_cast<int64_t>(mine_of_run.size()));
+        flash::reading_for(work.level.name)(prompt, mine_of_run.data(), static_cast<int64_t>(mine_of_run.size()));
       }
     }
   } else {

@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "../engine/maths.h"
-#include "../flash.h"
+#include "../flash_bf16.h"
 #include "results.h"
 #include "training.h"
 
@@ -80,7 +80,7 @@ Results prompt(int64_t tokens, int64_t past, int64_t n, int64_t window, bool is_
     Floats out(query.size());
     std::vector<int64_t> blocks(static_cast<size_t>((tokens + bimos::flash::kBlock - 1) / bimos::flash::kBlock));
     for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = static_cast<int64_t>(i);
-    bimos::flash::prompt_for(level)({query.data(), out.data(), heads * n, heads, tokens, n, past, window, 0.2F, keys.cache(), values.cache()},
+    bimos::flash::reading_for(level)({query.data(), out.data(), heads * n, heads, tokens, n, past, window, 0.2F, keys.cache(), values.cache()},
                                     blocks.data(), static_cast<int64_t>(blocks.size()));
     return out;
   };
