@@ -136,7 +136,12 @@ int64_t tokens_at_a_time(const Level& level, const Linear& linear, int64_t token
 
 namespace {
 
-// The product of a plane with `count` tokens, by tables or by matrices; `input(t, spare)` is what token t is multiplied as.
+struct Inputs {
+  const float* x;
+  int64_t stride;
+};
+
+// The product of a plane with `count` tokens, by tables or by matrices; `input(t, some, spare)` is what `some` tokens are multiplied as.
 template <typename Input>
 void product_of_plane(const Level& level, const Plane& plane, int64_t count, Input input, int64_t first, int64_t last, float* y, int64_t stride) {
   Scratch& mine = scratch();
@@ -151,10 +156,8 @@ void product_of_plane(const Level& level, const Plane& plane, int64_t count, Inp
   if (by_matrices) {
     for (int64_t t = 0; t < count; t += step) {
       const int64_t few = std::min(step, count - t);
-      const float* from = input(t, scaled);
-      const int64_t stride_of_x = few == 1 ? 0 : input(t + 1, scaled + padded) - from;
-      for (int64_t i = 2; i < few; ++i) input(t + i, scaled + i * padded);
-      matrices::prepare(from, stride_of_x, few, plane, tables + t / step * bytes, scales + t / step * floats);
+      const Inputs from = input(t, few, scaled);
+      matrices::prepare(from.x, from.stride, few, plane, tables + t / step * bytes, scales + t / step * floats);
       mark(Part::tables);
     }
     matrices::product(plane, first, last, tables, scales, count, y, stride);
@@ -165,7 +168,7 @@ void product_of_plane(const Level& level, const Plane& plane, int64_t count, Inp
     for (int64_t t = 0; t < count; ++t) {
       each_table[t] = tables + t * bytes;
       each_scale[t] = scales + t * floats;
-      level.build(input(t, scaled), plane, tables + t * bytes, scales + t * floats);
+      level.build(input(t, 1, scaled).x, plane, tables + t * bytes, scales + t * floats);
       mark(Part::tables);
     }
     level.product(plane, first, last, each_table, each_scale, static_cast<int>(count), y, stride);
@@ -186,14 +189,17 @@ void rows_of_linear(const Level& level, const Linear& linear, const float* x, in
   float* product = is_alone ? y : at_least(mine.product, count * stride);
   const int64_t product_stride = is_alone ? y_stride : stride;
   float* gates = at_least(mine.gate, count * experts);
-  for (int64_t t = 0; t < count; ++t) {
-    float* gate = gates + t * experts;
-    gate[0] = 1;
-    if (linear.router != nullptr) {
-      level.dots(x + t * x_stride, linear.router, experts, in, gate);
-      softmax(gate, experts);
+  const bool by_matrices = count > kTokens;
+  if (linear.router == nullptr) {
+    std::fill_n(gates, count * experts, 1.0F);
+  } else {
+    if (by_matrices) matrices::dots(x, x_stride, count, linear.router, experts, in, gates);
+    for (int64_t t = 0; t < count; ++t) {
+      if (!by_matrices) level.dots(x + t * x_stride, linear.router, experts, in, gates + t * experts);
+      softmax(gates + t * experts, experts);
     }
-    if (is_alone) continue;
+  }
+  for (int64_t t = 0; t < count && !is_alone; ++t) {
     if (linear.bias == nullptr) {
       std::fill_n(y + t * y_stride + row, rows, 0.0F);
     } else {
@@ -205,20 +211,25 @@ void rows_of_linear(const Level& level, const Linear& linear, const float* x, in
   for (int64_t p = 0; p < linear.planes; ++p) {
     Plane plane{nullptr, in, linear.block, linear.grouped, linear.int8};
     plane.data = linear.tiles + p * tiles * tile_bytes(level.layout, plane);
-    const auto input = [&](int64_t t, float* spare) -> const float* {
-      if (linear.scale_in == nullptr) return x + t * x_stride;
-      level.mix(x + t * x_stride, gates + t * experts, linear.scale_in + p * experts * in, experts, in, in, spare);
+    const auto mix = [&](const float* from, int64_t from_stride, int64_t t, int64_t some, const uint16_t* scale, int64_t stride_of_scale, int64_t n,
+                         float* to, int64_t to_stride) {
+      if (by_matrices) return matrices::mix(from, from_stride, gates + t * experts, some, scale, experts, stride_of_scale, n, to, to_stride);
+      for (int64_t i = 0; i < some; ++i)
+        level.mix(from + i * from_stride, gates + (t + i) * experts, scale, experts, stride_of_scale, n, to + i * to_stride);
+    };
+    const auto input = [&](int64_t t, int64_t some, float* spare) -> Inputs {
+      if (linear.scale_in == nullptr) return {x + t * x_stride, x_stride};
+      mix(x + t * x_stride, x_stride, t, some, linear.scale_in + p * experts * in, in, in, spare, padded_inputs(in));
       mark(Part::scales);
-      return spare;
+      return {spare, padded_inputs(in)};
     };
     product_of_plane(level, plane, count, input, first, last, product, product_stride);
-    for (int64_t t = 0; t < count; ++t) {
-      float* part = product + t * product_stride + row;
-      if (linear.scale_out != nullptr) {
-        level.mix(part, gates + t * experts, linear.scale_out + p * experts * linear.out + row, experts, linear.out, rows, part);
-      }
-      for (int64_t r = 0; r < rows && !is_alone; ++r) y[t * y_stride + row + r] += part[r];
+    float* part = product + row;
+    if (linear.scale_out != nullptr) {
+      mix(part, product_stride, 0, count, linear.scale_out + p * experts * linear.out + row, linear.out, rows, part, product_stride);
     }
+    for (int64_t t = 0; t < count && !is_alone; ++t)
+      for (int64_t r = 0; r < rows; ++r) y[t * y_stride + row + r] += part[t * product_stride + r];
     mark(Part::scales);
   }
 }

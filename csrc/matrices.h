@@ -21,6 +21,11 @@ constexpr int64_t kTile = amx::kRows;
 // How many tokens to take at a time: no more than the second cache has room for beside what else is read.
 int64_t most_tokens(int64_t in);
 
+// Level::dots and Level::mix of several tokens: `rows`, which are float16, are read once for some of them. logits [tokens, experts].
+void dots(const float* x, int64_t x_stride, int64_t tokens, const uint16_t* rows, int64_t experts, int64_t n, float* logits);
+void mix(const float* x, int64_t x_stride, const float* gates, int64_t tokens, const uint16_t* rows, int64_t experts, int64_t stride, int64_t n,
+         float* out, int64_t out_stride);
+
 // What `prepare` writes for a tile of tokens: bytes that begin at a line of the cache, and as many floats.
 size_t tile_bytes(const Plane& plane);
 size_t tile_floats(const Plane& plane);
