@@ -53,7 +53,7 @@ def plan(model: str | Path, config: RunConfig, processes: int = 1) -> dict[str, 
     empty = empty_model(known)
     check_fit(empty, method, config.settled(method))
     names = convertible_linears(empty, config.skip)
-    sizes = size_report(empty, layout=method.packed_layout, converted=list(names), embedding_bits=config.embedding_bits)
+    sizes = size_report(empty, layout=method.layout_of, converted=list(names), embedding_bits=config.embedding_bits)
     return {
         "model": str(model),
         "method": config.method,

@@ -98,9 +98,11 @@ def lean_options(config: RunConfig) -> list[str]:
 
 def check_fit(teacher: PreTrainedModel, method: MethodConfig, config: RunConfig) -> None:
     """Raises BimosError on whatever would end the run only after much work."""
-    for name, linear in convertible_linears(teacher, config.skip).items():
+    linears = convertible_linears(teacher, config.skip)
+    method.check_names(linears)
+    for name, linear in linears.items():
         try:
-            method.packed_layout(linear.in_features, linear.out_features, linear.bias is not None)
+            method.layout_of(name, linear.in_features, linear.out_features, linear.bias is not None)
         except BimosError as error:
             raise BimosError(f"'{name}': {error}") from None
     if config.embedding_bits == 8:

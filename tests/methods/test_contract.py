@@ -234,7 +234,7 @@ def test_a_saved_model_gives_the_same_logits(name: str, options: dict[str, Any],
     config = method_config(name, options)
     names = list(convertible_linears(student))
     binarize(student, names, config, {}, torch.Generator().manual_seed(0))
-    planned = size_report(load_model(teacher_directory), layout=config.packed_layout, converted=names)
+    planned = size_report(load_model(teacher_directory), layout=config.layout_of, converted=names)
     packed = pack_model(student, method=name, options=config.to_dict())
     save_packed(packed, None, tmp_path / "model")
     ids = torch.arange(48).reshape(2, 24)

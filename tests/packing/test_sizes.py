@@ -16,7 +16,7 @@ Make = Callable[..., PreTrainedModel]
 
 
 def mixture(experts: int) -> Callable[[int, int, bool], dict[str, tuple[tuple[int, ...], torch.dtype]]]:
-    def layout(n_in: int, n_out: int, bias: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def layout(name: str, n_in: int, n_out: int, bias: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         tensors = {
             "weight": ((1, n_out, n_in // 8), torch.uint8),
             "scale_in": ((1, experts, n_in), torch.float16),
@@ -98,7 +98,7 @@ def test_two_planes_are_counted_once_as_weights(packed: Make) -> None:
 
 
 def test_a_linear_that_cannot_be_stored_is_named(dense: Make, tmp_path: Path) -> None:
-    def refuse(n_in: int, n_out: int, bias: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def refuse(name: str, n_in: int, n_out: int, bias: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         raise BimosError("too odd")
 
     with pytest.raises(BimosError, match=r"'model\.layers\.0\.self_attn\.q_proj': too odd"):

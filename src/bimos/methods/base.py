@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
@@ -80,6 +80,21 @@ class MethodConfig:
             BimosError: this method cannot store a linear of that shape.
         """
         raise NotImplementedError
+
+    def of_linear(self, name: str) -> MethodConfig:
+        """The options of one linear, by its name in the model, or in the block that `of_block` was asked for."""
+        return self
+
+    def of_block(self, name: str) -> MethodConfig:
+        """The options within the block of this name (`model.layers.3`): linears go by what follows it."""
+        return self
+
+    def check_names(self, names: Collection[str]) -> None:
+        """Raises BimosError: an option names linears, and there are no such ones among `names`."""
+
+    def layout_of(self, name: str, in_features: int, out_features: int, bias: bool) -> dict[str, StoredTensor]:
+        """`packed_layout` of the linear `name`."""
+        return self.of_linear(name).packed_layout(in_features, out_features, bias)
 
     def lr_latent(self) -> float:
         """Of latents in the distillation, unless a run's config gives one."""

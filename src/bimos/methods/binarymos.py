@@ -9,6 +9,8 @@ One router per linear drives both mixes. Stored: one plane, `e` pairs of float16
 With `planes=2`, which the paper has not, a second plane with scaling experts of its own is added to Y; one router drives all mixes.
 Both planes come from one latent, whose four levels they are (`bimos.methods.planes`), and are trained on their common error.
 
+With `second_plane=v_proj+layers.0` those linears have two planes whose names contain one of these, and all others one.
+
 With `group_size=g`, which the paper has not either, every g inputs of a row have a float16 scale of their own besides, in each plane:
 B_p in the place of sign(W) has the entries s_pik sign(W_pij), k the group of j.
 """
@@ -16,6 +18,7 @@ B_p in the place of sign(W) has the entries s_pik sign(W_pij), k the group of j.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any, ClassVar, Self
 
 import torch
@@ -184,6 +187,7 @@ class BinaryMoSConfig(MethodConfig):
 
     num_experts: int = 4
     planes: int = 1  # 2: two signs a weight, each plane with scales of its own
+    second_plane: str = ""  # parts of names, with + between them: linears that have two planes where others have one
     group_size: int | None = None  # inputs of a row that have a scale of their own in each plane, beside the mixed ones; None: none
     compensation: int = 3  # rounds in which signs make good each other's errors, where inputs are known; 0: signs of the weights
     iterations: int = 8  # of activation-weighted least squares for the scales; 0: rank-1 SVD of |W|
@@ -196,6 +200,10 @@ class BinaryMoSConfig(MethodConfig):
             raise BimosError(f"num_experts={self.num_experts}: must be from 1 to 256")
         if self.planes not in (1, 2):
             raise BimosError(f"planes={self.planes}: must be 1 or 2")
+        if self.second_plane and self.planes != 1:
+            raise BimosError(f"second_plane={self.second_plane}: all linears have two with planes={self.planes}; leave one of them out")
+        if self.second_plane and not all(all(part.split(".")) for part in self._parts()):
+            raise BimosError(f"second_plane={self.second_plane}: must be parts of names, with + between them, as v_proj+layers.0")
         if self.group_size is not None and self.group_size < 1:
             raise BimosError(f"group_size={self.group_size}: must be positive, or null for no groups")
         for name in ("iterations", "compensation", "scale_steps"):
@@ -203,6 +211,26 @@ class BinaryMoSConfig(MethodConfig):
                 raise BimosError(f"{name}={getattr(self, name)}: must be 0 or more")
         if self.latent_magnitude is not None and self.latent_magnitude <= 0:
             raise BimosError(f"latent_magnitude={self.latent_magnitude}: must be positive, or null for the teacher's weights as they are")
+
+    def _parts(self) -> list[str]:
+        return self.second_plane.split("+") if self.second_plane else []
+
+    def of_linear(self, name: str) -> BinaryMoSConfig:
+        if not self.second_plane:
+            return self
+        planes = 2 if any(_contains(name, part) for part in self._parts()) else 1
+        return dataclasses.replace(self, planes=planes, second_plane="")
+
+    def of_block(self, name: str) -> BinaryMoSConfig:
+        if any(_contains(name, part) for part in self._parts()):
+            return dataclasses.replace(self, planes=2, second_plane="")
+        within = [rest for part in self._parts() for rest in (part, *_behind(name, part))]
+        return dataclasses.replace(self, second_plane="+".join(within))
+
+    def check_names(self, names: Collection[str]) -> None:
+        for part in self._parts():
+            if not any(_contains(name, part) for name in names):
+                raise BimosError(f"second_plane={self.second_plane}: no linear that is converted has '{part}' in its name")
 
     def lr_latent(self) -> float:
         # Behind the blocks four levels are near the teacher; what turns by chance is then a loss.
@@ -220,6 +248,17 @@ class BinaryMoSConfig(MethodConfig):
             groups = count_groups(in_features, self.group_size)
             layout["scale_group"] = StoredTensor((self.planes, out_features, groups), torch.float16)
         return layout | bias_layout(out_features, bias)
+
+
+def _contains(name: str, part: str) -> bool:
+    """Whether `part`, whole names between dots, is in `name`."""
+    return f".{part}." in f".{name}."
+
+
+def _behind(block: str, part: str) -> list[str]:
+    """What is left of a `part` that begins in the name of a block and goes on in those of its linears."""
+    names = part.split(".")
+    return [".".join(names[k:]) for k in range(1, len(names)) if f".{block}".endswith("." + ".".join(names[:k]))]
 
 
 def _latents(decided: Tensor, expected: Tensor, magnitude: float | None) -> Tensor:

@@ -30,5 +30,6 @@ class OneBitConfig(BinaryMoSConfig):
         super().__post_init__()
         if self.num_experts != 1:
             raise BimosError(f"num_experts={self.num_experts}: onebit has one; with more it is binarymos")
-        if self.planes != 1:
-            raise BimosError(f"planes={self.planes}: onebit has one; with two it is binarymos")
+        if self.planes != 1 or self.second_plane:
+            given = f"planes={self.planes}" if self.planes != 1 else f"second_plane={self.second_plane}"
+            raise BimosError(f"{given}: onebit has one plane; with two it is binarymos")

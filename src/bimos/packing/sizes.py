@@ -21,7 +21,7 @@ from bimos.errors import BimosError
 from bimos.packing.integrity import DESCRIPTION_KEY, DTYPES, METADATA_KEY, check_depth, named_in_full, read_headers, weight_files
 from bimos.packing.pack import load_dense_config, skeleton
 
-LayoutOf = Callable[[int, int, bool], Mapping[str, tuple[tuple[int, ...], torch.dtype]]]
+LayoutOf = Callable[[str, int, int, bool], Mapping[str, tuple[tuple[int, ...], torch.dtype]]]
 Stored = dict[str, tuple[tuple[int, ...], str]]  # shape and safetensors dtype, by name
 
 BODY = ("planes", "scales", "routers", "bitmaps", "codes")  # components that count for the bits of a body weight
@@ -38,7 +38,7 @@ def size_report(
 
     Args:
         source: a directory of safetensors, packed or not; or a model, which may be on the meta device.
-        layout: with a dense model, `MethodConfig.packed_layout`: the report is of the model as it would be packed.
+        layout: with a dense model, `MethodConfig.layout_of`: the report is of the model as it would be packed.
         converted: names of the linears that would be packed.
         embedding_bits: of the embedding and head as they would be packed; what remains is counted in 16 bits.
 
@@ -82,7 +82,7 @@ def _planned(model: PreTrainedModel, layout: LayoutOf, converted: Collection[str
         for leaf in ("weight", "bias"):
             stored.pop(f"{name}.{leaf}", None)
         try:
-            tensors = layout(int(linear.in_features), int(linear.out_features), linear.bias is not None)  # type: ignore[arg-type]
+            tensors = layout(name, int(linear.in_features), int(linear.out_features), linear.bias is not None)  # type: ignore[arg-type]
         except BimosError as error:
             raise BimosError(f"'{name}': {error}") from None
         stored.update((f"{name}.{leaf}", (shape, DTYPES[dtype])) for leaf, (shape, dtype) in tensors.items())

@@ -118,13 +118,14 @@ def _each_block(
     progress.begin("block reconstruction", len(blocks))
     for index, (stored, call, lane_call) in enumerate(zip(blocks, calls, lane_calls, strict=True)):
         local = [name for number, name in names if int(number) == index]
+        own = method.of_block(f"{prefix}.{index}")
         copies = (working_copy(stored, dtype, device) for _ in range(2))
         block, trainable = copies if config.low_memory else (stored, copy.deepcopy(stored))
         path = block_file(directory, index)
         found = finished(path)
         if found is not None:
             tensors, entry = found
-            replace_empty(trainable, local, method)
+            replace_empty(trainable, local, own)
             load_trained(trainable, tensors)
             advance(block, call, stream, size, stream, lanes)
             advance(trainable, call, student_stream, size, student_stream, lanes)
@@ -135,7 +136,7 @@ def _each_block(
                 left = 0.0
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
             solving, behind = initialise_block(
-                block, trainable, local, call, (stream, student_stream), size, method, config.initialise, generator, lanes, processes
+                block, trainable, local, call, (stream, student_stream), size, own, config.initialise, generator, lanes, processes
             )
             stream = advance(block, call, stream, size, stream, lanes) if behind is None else behind
             del behind
@@ -165,10 +166,10 @@ def _each_block(
                 if index == 1 and needed > LATE * seconds:  # the first one also warms up
                     taken = f"{len(blocks)} blocks take about {needed / 60:.1f} minutes on this machine"
                     progress.note(f"{taken}, the budget has {seconds / 60:.1f} for them: give it more --minutes")
-            own = {name: tensor for name, tensor in trainable.state_dict().items() if is_own(trainable, name)}
+            state = {name: tensor for name, tensor in trainable.state_dict().items() if is_own(trainable, name)}
             if processes.is_first:
-                save_tensors(own, path, {key: repr(value) for key, value in entry.items()})
-            del own
+                save_tensors(state, path, {key: repr(value) for key, value in entry.items()})
+            del state
             processes.wait()
         del block, trainable  # before there is another
         if config.low_memory:

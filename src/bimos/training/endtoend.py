@@ -103,7 +103,7 @@ def distill(
             if is_sharded:
                 shard(distillation, student, teacher)
             betas = config.beta1, config.beta2
-            optimizer = adamw(student, rates, betas, config.weight_decay, config.optimizer == "adamw8bit", config.epsilon)
+            optimizer = adamw(student, rates, betas, config.weight_decay, config.optimizer == "adamw8bit", config.epsilon, True)
             scheduler = LambdaLR(optimizer, lambda _: schedule(config.schedule, config.warmup, budget.progress()))
             given: Any = {"train_dataset": dataset, "optimizers": (optimizer, scheduler), "callbacks": [clock]}
             trainer = DistillTrainer(clock, lanes, processes, distillation, arguments, **given)

@@ -16,7 +16,7 @@ from bimos.training.answers import KEPT_BYTES
 from bimos.training.blockwise import LARGE
 from bimos.training.losses import CHUNK_BYTES
 from bimos.training.measuring import MOST_SAMPLES, SAMPLES
-from bimos.training.probing import kept_by
+from bimos.training.probing import Kept, kept_by
 
 RUNTIME = 700 * 2**20  # Python, torch, transformers and the text that is mapped, before any model
 LATENT = 4 * 4  # float32 latent, gradient and two Adam moments
@@ -46,16 +46,20 @@ def peak_memory(model: nn.Module, config: RunConfig, processes: int = 1) -> dict
     config = config.settled(method)
     low = config.low_memory
     weights = 0 if low else value * sum(p.numel() for p in model.parameters())
-    latent = sum(_latents(method, m) for m in linears.values())
+    latent = sum(_latents(method.of_linear(name), m) for name, m in linears.items())
     whole: Any = model.config
     hidden = whole.get_text_config().hidden_size
-    layers = kept_by(method, native.fast_dtype(torch.bfloat16))
+    layers = _kept(method, linears)
     # What is added to the residual stream is not kept, but what enters its linear is; of the others what leaves them. Two norms a block.
     around = sum(m.in_features if m.out_features == hidden else m.out_features for m in linears.values()) + 4 * hidden * len(blocks)
-    kept = round(value * around + sum(layers.bytes_a_token(m.in_features, m.out_features) for m in linears.values()))  # bytes a token
+    kept = round(
+        value * around + sum(layers[name].bytes_a_token(m.in_features, m.out_features) for name, m in linears.items())
+    )  # bytes a token
     # Signs and their gradient; in float32 that of the first plane is the latent's.
-    signs = layers.of_signs + value * (layers.planes if value == 2 else max(0, layers.planes - 1))
-    made = round(LANES * layers.of_weight)  # weights for the product, a lane
+    shares = {name: m.weight.numel() / sum(m.weight.numel() for m in linears.values()) for name, m in linears.items()}
+    others = {name: layer.planes if value == 2 else max(0, layer.planes - 1) for name, layer in layers.items()}
+    signs = round(sum(share * (layers[name].of_signs + value * others[name]) for name, share in shares.items()))
+    made = round(sum(share * LANES * layers[name].of_weight for name, share in shares.items()))  # weights for the product, a lane
     tokens = config.blocks.tokens if config.blocks.enabled else 0
     if config.initialise.activation_aware:  # beside a batch
         tokens = tokens or config.initialise.sequences * config.sequence_length
@@ -107,6 +111,17 @@ def _state(distill: DistillConfig) -> int:
     if distill.train != "all":
         return width
     return 2 * width + (2 if distill.optimizer == "adamw8bit" else 2 * width)
+
+
+def _kept(method: MethodConfig, linears: dict[str, nn.Linear]) -> dict[str, Kept]:
+    """Of every linear; those with the same options are asked once."""
+    dtype = native.fast_dtype(torch.bfloat16)
+    known: dict[str, Kept] = {}
+    for name in linears:
+        own = method.of_linear(name)
+        if (key := repr(own)) not in known:
+            known[key] = kept_by(own, dtype)
+    return {name: known[repr(method.of_linear(name))] for name in linears}
 
 
 def _latents(method: MethodConfig, linear: nn.Linear) -> int:

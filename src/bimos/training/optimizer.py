@@ -92,6 +92,7 @@ def adamw(
     weight_decay: float,
     eight_bits: bool = False,
     epsilon: float = 1e-8,
+    by_layer: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW on what was selected, a group for each role: torch's, or torchao's where there are moments in 8 bits or latents in bfloat16.
 
@@ -99,20 +100,33 @@ def adamw(
     shape that it meets.
 
     Args:
+        by_layer: where layers differ in the rate of latents that their options give, `rates` has that of the fastest, and others less.
         eight_bits: moments of parameters with at least 4096 values, a multiple of 256, in 8 bits (2110.02861).
     """
     groups = trained_parameters(model, norms="norm" in rates)
-    chosen: list[dict[str, Any]] = [
-        {"params": groups[role], "lr": rate, "base_lr": rate, "role": role, "weight_decay": weight_decay if role == "latent" else 0.0}
-        for role, rate in rates.items()
-        if groups[role]
-    ]
+    chosen: list[dict[str, Any]] = []
+    for role, rate in rates.items():
+        parts = _latents_by_share(model) if role == "latent" and by_layer else {1.0: groups[role]}
+        for share, parameters in parts.items():
+            if parameters:
+                own = {"lr": share * rate, "base_lr": share * rate, "weight_decay": weight_decay if role == "latent" else 0.0}
+                chosen.append({"params": parameters, "role": role, **own})
     if not eight_bits and all(p.dtype == torch.float32 for group in chosen for p in group["params"]):
         return torch.optim.AdamW(chosen, betas=betas, eps=epsilon, fused=True)
     torchao: Any = import_module("torchao.optim")
     kind = torchao.AdamW8bit if eight_bits else torchao._AdamW
     optimizer: torch.optim.Optimizer = kind(chosen, betas=betas, eps=epsilon, bf16_stochastic_round=True)
     return optimizer
+
+
+def _latents_by_share(model: nn.Module) -> dict[float, list[nn.Parameter]]:
+    """Latents by the rate of their layers' options, as shares of the highest."""
+    layers = [module for module in model.modules() if isinstance(module, TrainableLinear)]
+    most = max((layer.config.lr_latent() for layer in layers), default=1.0)
+    shares: dict[float, list[nn.Parameter]] = {}
+    for layer in layers:
+        shares.setdefault(layer.config.lr_latent() / most, []).extend(layer.roles()["latent"])
+    return shares
 
 
 def narrow_latents(model: nn.Module) -> None:

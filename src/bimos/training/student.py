@@ -35,7 +35,8 @@ def binarize(
     for name in names:
         linear = module.get_submodule(name)
         known = statistics.get(name) or InputStatistics.uninformed(linear.in_features, linear.weight.device)  # type: ignore[arg-type]
-        layer = config.layer.from_linear(linear, config, known, generator)  # type: ignore[arg-type]
+        own = config.of_linear(name)
+        layer = own.layer.from_linear(linear, own, known, generator)  # type: ignore[arg-type]
         module.set_submodule(name, layer)
 
 
@@ -54,7 +55,8 @@ def replace_empty(module: nn.Module, names: list[str], config: MethodConfig) -> 
     """Replace the linears `names` of `module`, in place, by trainable layers that wait for their values."""
     for name in names:
         linear = module.get_submodule(name)
-        layer = config.layer(linear.in_features, linear.out_features, linear.bias is not None, config)  # type: ignore[arg-type]
+        own = config.of_linear(name)
+        layer = own.layer(linear.in_features, linear.out_features, linear.bias is not None, own)  # type: ignore[arg-type]
         module.set_submodule(name, layer.to(next(linear.parameters()).device))
 
 
