@@ -3,135 +3,18 @@
 #include <algorithm>
 #include <vector>
 
-#include "tiles.h"
+#include "pieces.h"
 
 #ifdef BIMOS_X86
 #include <immintrin.h>
 #endif
 
 namespace bimos::matrices {
-namespace {
-
-constexpr int64_t kPiece = 640;                     // inputs that share a step, at most: their strip of signs stays in the first cache
-constexpr int64_t kDepth = 64;                      // inputs of a tile
-constexpr int64_t kTileBytes = kTile * kDepth;
-constexpr int64_t kStrip = 2 * amx::kWords;         // rows whose signs are made bytes at a time
-constexpr int64_t kSecondCache = 1 << 20;           // bytes of it to fill
-constexpr float kLargest = 32512, kLargestInt8 = 127;
-constexpr float kFar = 8;  // times the root of the mean square: steps of the largest would be 7e-5 of the rest
-
-// Inputs that share a step: a group, or as even a part of it as depths allow.
-struct Pieces {
-  int64_t in, group, parts, size;  // of a group: `parts` of `size`
-
-  explicit Pieces(const Plane& plane) : in(plane.in), group(plane.grouped ? std::min(plane.block, plane.in) : plane.in) {
-    parts = ceil_div(group, kPiece);
-    size = ceil_div(ceil_div(group, parts), kDepth) * kDepth;
-    parts = ceil_div(group, size);
-  }
-
-  int64_t count() const { return ceil_div(in, group) * parts; }
-  int64_t group_of(int64_t piece) const { return piece / parts; }
-  int64_t begin(int64_t piece) const { return std::min(in, piece / parts * group + piece % parts * size); }
-  int64_t end(int64_t piece) const { return std::min({in, (piece / parts + 1) * group, piece / parts * group + (piece % parts + 1) * size}); }
-  int64_t depths(int64_t piece) const { return ceil_div(end(piece) - begin(piece), kDepth); }
-  int64_t most_depths() const { return size / kDepth; }
-};
-
-int64_t numbers_of(const Plane& plane) { return plane.int8 ? 1 : 3; }
-
-}  // namespace
-
-int64_t most_tokens(int64_t in) { return std::clamp<int64_t>(kSecondCache / (2 * in) / (2 * kTile), 1, 8) * 2 * kTile; }
-
-size_t tile_bytes(const Plane& plane) {
-  const Pieces pieces(plane);
-  return static_cast<size_t>(pieces.count() * pieces.most_depths() * numbers_of(plane) * kTileBytes);
-}
-
-// The steps of 16 tokens a piece, then a word a piece: whether lowest digits count.
-size_t tile_floats(const Plane& plane) { return static_cast<size_t>(Pieces(plane).count() * (kTile + 1)); }
 
 #ifdef BIMOS_X86
 namespace {
 
-#define BIMOS_MATRIX BIMOS_AVX512
-
-BIMOS_MATRIX inline __mmask16 lanes(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1U << n) - 1); }
-
-BIMOS_MATRIX inline __m512 load_half(const uint16_t* from, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from)); }
-
-constexpr int kSome = 4;  // tokens, and experts, that are taken together
-
-template <int kTokens, int kExperts>
-BIMOS_MATRIX void some_dots(const float* x, int64_t x_stride, const uint16_t* rows, int64_t n, float* logits, int64_t stride) {
-  __m512 sums[kTokens][kExperts];
-  for (int t = 0; t < kTokens; ++t)
-    for (int e = 0; e < kExperts; ++e) sums[t][e] = _mm512_setzero_ps();
-  for (int64_t j = 0; j < n; j += 16) {
-    const __mmask16 mask = lanes(n - j);
-    __m512 row[kExperts];
-    for (int e = 0; e < kExperts; ++e) row[e] = load_half(rows + e * n + j, mask);
-    for (int t = 0; t < kTokens; ++t) {
-      const __m512 value = _mm512_maskz_loadu_ps(mask, x + t * x_stride + j);
-      for (int e = 0; e < kExperts; ++e) sums[t][e] = _mm512_fmadd_ps(value, row[e], sums[t][e]);
-    }
-  }
-  for (int t = 0; t < kTokens; ++t)
-    for (int e = 0; e < kExperts; ++e) logits[t * stride + e] = _mm512_reduce_add_ps(sums[t][e]);
-}
-
-template <int kExperts>
-BIMOS_MATRIX void mix_of(const float* x, int64_t x_stride, const float* gates, int64_t tokens, const uint16_t* rows, int64_t experts, int64_t stride,
-                         int64_t n, float* out, int64_t out_stride) {
-  for (int64_t j = 0; j < n; j += 16) {
-    const __mmask16 mask = lanes(n - j);
-    __m512 row[kExperts];
-    for (int e = 0; e < kExperts; ++e) row[e] = load_half(rows + e * stride + j, mask);
-    for (int64_t t = 0; t < tokens; ++t) {
-      __m512 scale = _mm512_mul_ps(_mm512_set1_ps(gates[t * experts]), row[0]);
-      for (int e = 1; e < kExperts; ++e) scale = _mm512_fmadd_ps(_mm512_set1_ps(gates[t * experts + e]), row[e], scale);
-      for (int64_t e = kExperts; e < experts; ++e)  // more than there are registers for
-        scale = _mm512_fmadd_ps(_mm512_set1_ps(gates[t * experts + e]), load_half(rows + e * stride + j, mask), scale);
-      _mm512_mask_storeu_ps(out + t * out_stride + j, mask, _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, x + t * x_stride + j)));
-    }
-  }
-}
-
-// The largest |x| and the sum of squares of `n` values; the first is NaN where any is not finite.
-BIMOS_MATRIX void measure(const float* x, int64_t n, float& most, float& squares) {
-  __m512 largest = _mm512_setzero_ps(), strange = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
-  for (int64_t j = 0; j < n; j += 16) {
-    const __m512 value = _mm512_maskz_loadu_ps(lanes(n - j), x + j);
-    strange = _mm512_add_ps(strange, _mm512_sub_ps(value, value));
-    sum = _mm512_fmadd_ps(value, value, sum);
-    largest = _mm512_max_ps(largest, _mm512_abs_ps(value));
-  }
-  most = _mm512_reduce_max_ps(largest) + _mm512_reduce_add_ps(strange);
-  squares = _mm512_reduce_add_ps(sum);
-}
-
-// One token's row in the tiles of a piece: digits of x * factor, zeros behind its n inputs. `apart` bytes from digit to digit.
-template <int kDigits>
-BIMOS_MATRIX void digits(const float* x, int64_t n, float factor, uint8_t* row, int64_t apart) {
-  const __m512 factors = _mm512_set1_ps(factor);
-  for (int64_t j = 0; j < ceil_div(n, kDepth) * kDepth; j += 16) {
-    const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(factors, _mm512_maskz_loadu_ps(lanes(n - j), x + j)));
-    uint8_t* to = row + j / kDepth * kTileBytes + j % kDepth;
-    if constexpr (kDigits > 1) {
-      const __m512i higher = _mm512_srai_epi32(code, 8);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + (kDigits - 1) * apart), _mm512_cvtepi32_epi8(code));
-      if constexpr (kDigits > 2) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + apart), _mm512_cvtepi32_epi8(higher));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_srai_epi32(code, 16)));
-      } else {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(higher));
-      }
-    } else {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(code));
-    }
-  }
-}
+constexpr int64_t kStrip = 2 * amx::kWords;  // rows whose signs are made bytes at a time
 
 // Four inputs of a row by their nibble.
 struct Bytes {
@@ -146,7 +29,7 @@ constexpr Bytes kBytes = [] {
 }();
 
 // 16 rows of a piece as right sides, tile after tile; `steps` of 32 inputs, 256 bytes apart (rows64).
-BIMOS_MATRIX void expand(const uint8_t* data, int64_t steps, uint8_t* to) {
+BIMOS_AVX512 void expand(const uint8_t* data, int64_t steps, uint8_t* to) {
   const __m512i table = _mm512_load_si512(kBytes.of_nibble);
   for (int64_t step = 0; step < steps; ++step, data += 256, to += kTileBytes / 2) {
     const __m512i bits = _mm512_loadu_si512(data);  // an index is the lowest four bits of its lane
@@ -193,7 +76,7 @@ struct Sums {
 
 // Adds a piece's sums of a tile of tokens to y, or puts them there.
 template <bool kInt8>
-BIMOS_MATRIX void finish(const Sums& sums, int tile, bool is_fine, const float* steps, const __m512* scales, bool is_first, int64_t tokens, float* y,
+BIMOS_AVX512 void finish(const Sums& sums, int tile, bool is_fine, const float* steps, const __m512* scales, bool is_first, int64_t tokens, float* y,
                          int64_t stride) {
   for (int64_t t = 0; t < tokens; ++t) {
     const __m512 step = _mm512_set1_ps(steps[t]);
@@ -212,7 +95,7 @@ BIMOS_MATRIX void finish(const Sums& sums, int tile, bool is_fine, const float* 
 }
 
 template <bool kInt8, int kTiles>
-BIMOS_MATRIX void strip(const uint8_t* left, int64_t to_next, int64_t apart, const uint8_t* right, int64_t right_half, int64_t depths, bool is_fine, Sums& sums) {
+BIMOS_AVX512 void strip(const uint8_t* left, int64_t to_next, int64_t apart, const uint8_t* right, int64_t right_half, int64_t depths, bool is_fine, Sums& sums) {
   multiply<kTiles, true>(left, to_next, right, right_half, depths, sums.high);
   if (kInt8) return;
   multiply<kTiles, false>(left + apart, to_next, right, right_half, depths, sums.low);
@@ -220,7 +103,7 @@ BIMOS_MATRIX void strip(const uint8_t* left, int64_t to_next, int64_t apart, con
 }
 
 template <bool kInt8>
-BIMOS_MATRIX void product_of(const Plane& plane, int64_t first, int64_t last, const uint8_t* tiles, const float* steps, int64_t tokens, float* y,
+BIMOS_AVX512 void product_of(const Plane& plane, int64_t first, int64_t last, const uint8_t* tiles, const float* steps, int64_t tokens, float* y,
                              int64_t stride) {
   const Pieces pieces(plane);
   thread_local std::vector<uint8_t> kept;
@@ -272,65 +155,10 @@ BIMOS_MATRIX void product_of(const Plane& plane, int64_t first, int64_t last, co
 
 }  // namespace
 
-BIMOS_MATRIX void dots(const float* x, int64_t x_stride, int64_t tokens, const uint16_t* rows, int64_t experts, int64_t n, float* logits) {
-  int64_t e = 0;
-  for (; e + kSome <= experts; e += kSome) {
-    int64_t t = 0;
-    for (; t + kSome <= tokens; t += kSome) some_dots<kSome, kSome>(x + t * x_stride, x_stride, rows + e * n, n, logits + t * experts + e, experts);
-    for (; t < tokens; ++t) some_dots<1, kSome>(x + t * x_stride, x_stride, rows + e * n, n, logits + t * experts + e, experts);
-  }
-  for (; e < experts; ++e)
-    for (int64_t t = 0; t < tokens; ++t) some_dots<1, 1>(x + t * x_stride, x_stride, rows + e * n, n, logits + t * experts + e, experts);
-}
-
-BIMOS_MATRIX void mix(const float* x, int64_t x_stride, const float* gates, int64_t tokens, const uint16_t* rows, int64_t experts, int64_t stride,
-                      int64_t n, float* out, int64_t out_stride) {
-  const auto function = experts == 1 ? mix_of<1> : experts < 4 ? mix_of<2> : experts < 8 ? mix_of<4> : mix_of<8>;
-  for (int64_t t = 0; t < tokens; t += kTile)  // whose lines the first cache holds
-    function(x + t * x_stride, x_stride, gates + t * experts, std::min(kTile, tokens - t), rows, experts, stride, n, out + t * out_stride, out_stride);
-}
-
-BIMOS_MATRIX void prepare(const float* x, int64_t stride, int64_t count, const Plane& plane, uint8_t* tile, float* steps) {
-  const Pieces pieces(plane);
-  const int64_t apart = pieces.most_depths() * kTileBytes;
-  float* fine = steps + pieces.count() * kTile;
-  for (int64_t piece = 0; piece < pieces.count(); ++piece, tile += apart * numbers_of(plane), steps += kTile) {
-    const int64_t begin = pieces.begin(piece), n = pieces.end(piece) - begin;
-    fine[piece] = 0;
-    float most[kTile];
-    for (int64_t t = 0; t < count; ++t) {
-      float squares = 0;
-      measure(x + t * stride + begin, n, most[t], squares);
-      if (!plane.int8 && most[t] * most[t] * static_cast<float>(n) > kFar * kFar * squares) fine[piece] = 1;
-    }
-    const float top = plane.int8 ? kLargestInt8 : kLargest;
-    for (int64_t t = 0; t < kTile; ++t) {
-      uint8_t* row = tile + t * kDepth;
-      steps[t] = t < count ? most[t] / top : 0.0F;
-      const float factor = t < count && most[t] > 1e-30F ? top / most[t] : 0.0F;  // finite: below, all is next to nothing
-      const int64_t there = factor == 0.0F ? 0 : n;
-      const float* from = x + t * stride + begin;
-      if (there == 0) {  // of no token, or of what is not finite: nothing of it may be read as a number
-        for (int64_t j = 0; j < pieces.depths(piece) * numbers_of(plane); ++j)
-          _mm512_storeu_si512(row + j / numbers_of(plane) * kTileBytes + j % numbers_of(plane) * apart, _mm512_setzero_si512());
-      } else if (plane.int8) {
-        digits<1>(from, n, factor, row, apart);
-      } else if (fine[piece] != 0) {
-        digits<3>(from, n, factor * 256, row, apart);
-      } else {
-        digits<2>(from, n, factor, row, apart);
-      }
-    }
-  }
-}
-
 void product(const Plane& plane, int64_t first, int64_t last, const uint8_t* tiles, const float* steps, int64_t tokens, float* y, int64_t stride) {
   (plane.int8 ? product_of<true> : product_of<false>)(plane, first, last, tiles, steps, tokens, y, stride);
 }
 #else
-void dots(const float*, int64_t, int64_t, const uint16_t*, int64_t, int64_t, float*) {}
-void mix(const float*, int64_t, const float*, int64_t, const uint16_t*, int64_t, int64_t, int64_t, float*, int64_t) {}
-void prepare(const float*, int64_t, int64_t, const Plane&, uint8_t*, float*) {}
 void product(const Plane&, int64_t, int64_t, const uint8_t*, const float*, int64_t, float*, int64_t) {}
 #endif
 

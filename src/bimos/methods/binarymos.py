@@ -31,6 +31,7 @@ from bimos.methods.coupled import GroupedFit, coupled_fit, coupled_latents
 from bimos.methods.experts import cluster, tune_scales
 from bimos.methods.grouped import grouped_sign_linear
 from bimos.methods.mixing import mix, route_and_mix
+from bimos.methods.names import behind, contains
 from bimos.methods.planes import Plane, SignPlane, decision
 from bimos.methods.rank_one import weighted_rank_one
 from bimos.methods.ste import compute_dtype, sign_linear, sign_ste
@@ -218,18 +219,18 @@ class BinaryMoSConfig(MethodConfig):
     def of_linear(self, name: str) -> BinaryMoSConfig:
         if not self.second_plane:
             return self
-        planes = 2 if any(_contains(name, part) for part in self._parts()) else 1
+        planes = 2 if any(contains(name, part) for part in self._parts()) else 1
         return dataclasses.replace(self, planes=planes, second_plane="")
 
     def of_block(self, name: str) -> BinaryMoSConfig:
-        if any(_contains(name, part) for part in self._parts()):
+        if any(contains(name, part) for part in self._parts()):
             return dataclasses.replace(self, planes=2, second_plane="")
-        within = [rest for part in self._parts() for rest in (part, *_behind(name, part))]
+        within = [rest for part in self._parts() for rest in (part, *behind(name, part))]
         return dataclasses.replace(self, second_plane="+".join(within))
 
     def check_names(self, names: Collection[str]) -> None:
         for part in self._parts():
-            if not any(_contains(name, part) for name in names):
+            if not any(contains(name, part) for name in names):
                 raise BimosError(f"second_plane={self.second_plane}: no linear that is converted has '{part}' in its name")
 
     def lr_latent(self) -> float:
@@ -248,17 +249,6 @@ class BinaryMoSConfig(MethodConfig):
             groups = count_groups(in_features, self.group_size)
             layout["scale_group"] = StoredTensor((self.planes, out_features, groups), torch.float16)
         return layout | bias_layout(out_features, bias)
-
-
-def _contains(name: str, part: str) -> bool:
-    """Whether `part`, whole names between dots, is in `name`."""
-    return f".{part}." in f".{name}."
-
-
-def _behind(block: str, part: str) -> list[str]:
-    """What is left of a `part` that begins in the name of a block and goes on in those of its linears."""
-    names = part.split(".")
-    return [".".join(names[k:]) for k in range(1, len(names)) if f".{block}".endswith("." + ".".join(names[:k]))]
 
 
 def _latents(decided: Tensor, expected: Tensor, magnitude: float | None) -> Tensor:

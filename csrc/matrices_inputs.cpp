@@ -1,0 +1,107 @@
+// Inputs of products by the matrix unit: whole numbers in tiles of 16 tokens.
+#include "pieces.h"
+
+#ifdef BIMOS_X86
+#include <immintrin.h>
+#endif
+
+namespace bimos::matrices {
+namespace {
+
+constexpr int64_t kSecondCache = 1 << 20;  // bytes of it to fill
+constexpr float kLargest = 32512, kLargestInt8 = 127;
+constexpr float kFar = 8;  // times the root of the mean square: steps of the largest would be 7e-5 of the rest
+
+}  // namespace
+
+int64_t most_tokens(int64_t in) { return std::clamp<int64_t>(kSecondCache / (2 * in) / (2 * kTile), 1, 8) * 2 * kTile; }
+
+size_t tile_bytes(const Plane& plane) {
+  const Pieces pieces(plane);
+  return static_cast<size_t>(pieces.count() * pieces.most_depths() * numbers_of(plane) * kTileBytes);
+}
+
+// The steps of 16 tokens a piece, then a word a piece: whether lowest digits count.
+size_t tile_floats(const Plane& plane) { return static_cast<size_t>(Pieces(plane).count() * (kTile + 1)); }
+
+#ifdef BIMOS_X86
+namespace {
+
+BIMOS_AVX512 inline __mmask16 lanes(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1U << n) - 1); }
+
+// The largest |x| and the sum of squares of `n` values; the first is NaN where any is not finite.
+BIMOS_AVX512 void measure(const float* x, int64_t n, float& most, float& squares) {
+  __m512 largest = _mm512_setzero_ps(), strange = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
+  for (int64_t j = 0; j < n; j += 16) {
+    const __m512 value = _mm512_maskz_loadu_ps(lanes(n - j), x + j);
+    strange = _mm512_add_ps(strange, _mm512_sub_ps(value, value));
+    sum = _mm512_fmadd_ps(value, value, sum);
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(value));
+  }
+  most = _mm512_reduce_max_ps(largest) + _mm512_reduce_add_ps(strange);
+  squares = _mm512_reduce_add_ps(sum);
+}
+
+// One token's row in the tiles of a piece: digits of x * factor, zeros behind its n inputs. `apart` bytes from digit to digit.
+template <int kDigits>
+BIMOS_AVX512 void digits(const float* x, int64_t n, float factor, uint8_t* row, int64_t apart) {
+  const __m512 factors = _mm512_set1_ps(factor);
+  for (int64_t j = 0; j < ceil_div(n, kDepth) * kDepth; j += 16) {
+    const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(factors, _mm512_maskz_loadu_ps(lanes(n - j), x + j)));
+    uint8_t* to = row + j / kDepth * kTileBytes + j % kDepth;
+    if constexpr (kDigits > 1) {
+      const __m512i higher = _mm512_srai_epi32(code, 8);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + (kDigits - 1) * apart), _mm512_cvtepi32_epi8(code));
+      if constexpr (kDigits > 2) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + apart), _mm512_cvtepi32_epi8(higher));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_srai_epi32(code, 16)));
+      } else {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(higher));
+      }
+    } else {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(code));
+    }
+  }
+}
+
+}  // namespace
+
+BIMOS_AVX512 void prepare(const float* x, int64_t stride, int64_t count, const Plane& plane, uint8_t* tile, float* steps) {
+  const Pieces pieces(plane);
+  const int64_t apart = pieces.most_depths() * kTileBytes;
+  float* fine = steps + pieces.count() * kTile;
+  for (int64_t piece = 0; piece < pieces.count(); ++piece, tile += apart * numbers_of(plane), steps += kTile) {
+    const int64_t begin = pieces.begin(piece), n = pieces.end(piece) - begin;
+    fine[piece] = 0;
+    float most[kTile];
+    for (int64_t t = 0; t < count; ++t) {
+      float squares = 0;
+      measure(x + t * stride + begin, n, most[t], squares);
+      if (!plane.int8 && most[t] * most[t] * static_cast<float>(n) > kFar * kFar * squares) fine[piece] = 1;
+    }
+    const float top = plane.int8 ? kLargestInt8 : kLargest;
+    for (int64_t t = 0; t < kTile; ++t) {
+      uint8_t* row = tile + t * kDepth;
+      steps[t] = t < count ? most[t] / top : 0.0F;
+      const float factor = t < count && most[t] > 1e-30F ? top / most[t] : 0.0F;  // finite: below, all is next to nothing
+      const int64_t there = factor == 0.0F ? 0 : n;
+      const float* from = x + t * stride + begin;
+      if (there == 0) {  // of no token, or of what is not finite: nothing of it may be read as a number
+        for (int64_t j = 0; j < pieces.depths(piece) * numbers_of(plane); ++j)
+          _mm512_storeu_si512(row + j / numbers_of(plane) * kTileBytes + j % numbers_of(plane) * apart, _mm512_setzero_si512());
+      } else if (plane.int8) {
+        digits<1>(from, n, factor, row, apart);
+      } else if (fine[piece] != 0) {
+        digits<3>(from, n, factor * 256, row, apart);
+      } else {
+        digits<2>(from, n, factor, row, apart);
+      }
+    }
+  }
+}
+
+#else
+void prepare(const float*, int64_t, int64_t, const Plane&, uint8_t*, float*) {}
+#endif
+
+}  // namespace bimos::matrices
