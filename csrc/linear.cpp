@@ -141,9 +141,10 @@ struct Inputs {
   int64_t stride;
 };
 
-// The product of a plane with `count` tokens, by tables or by matrices; `input(t, some, spare)` is what `some` tokens are multiplied as.
+// The product of a plane with `count` tokens, by tables or by matrices, which know what to do with `mixed`; `input(t, some, spare)` is what `some` tokens are multiplied as.
 template <typename Input>
-void product_of_plane(const Level& level, const Plane& plane, int64_t count, Input input, int64_t first, int64_t last, float* y, int64_t stride) {
+void product_of_plane(const Level& level, const Plane& plane, int64_t count, Input input, int64_t first, int64_t last, const matrices::Mixed* mixed,
+                      float* y, int64_t stride) {
   Scratch& mine = scratch();
   const bool by_matrices = count > kTokens;
   const int64_t padded = padded_inputs(plane.in), step = by_matrices ? matrices::kTile : 1;
@@ -160,7 +161,7 @@ void product_of_plane(const Level& level, const Plane& plane, int64_t count, Inp
       matrices::prepare(from.x, from.stride, few, plane, tables + t / step * bytes, scales + t / step * floats);
       mark(Part::tables);
     }
-    matrices::product(plane, first, last, tables, scales, count, y, stride);
+    matrices::product(plane, first, last, tables, scales, count, mixed, y, stride);
   } else {
     const uint8_t* each_table[kTokens];
     const float* each_scale[kTokens];
@@ -223,10 +224,13 @@ void rows_of_linear(const Level& level, const Linear& linear, const float* x, in
       mark(Part::scales);
       return {spare, padded_inputs(in)};
     };
-    product_of_plane(level, plane, count, input, first, last, product, product_stride);
+    const uint16_t* scale_out = linear.scale_out == nullptr ? nullptr : linear.scale_out + p * experts * linear.out;
+    const matrices::Mixed mixed{gates, scale_out, experts, linear.out};
+    const bool is_within = by_matrices && scale_out != nullptr && experts <= matrices::kMostMixed;
+    product_of_plane(level, plane, count, input, first, last, is_within ? &mixed : nullptr, product, product_stride);
     float* part = product + row;
-    if (linear.scale_out != nullptr) {
-      mix(part, product_stride, 0, count, linear.scale_out + p * experts * linear.out + row, linear.out, rows, part, product_stride);
+    if (scale_out != nullptr && !is_within) {
+      mix(part, product_stride, 0, count, scale_out + row, linear.out, rows, part, product_stride);
     }
     for (int64_t t = 0; t < count && !is_alone; ++t)
       for (int64_t r = 0; r < rows; ++r) y[t * y_stride + row + r] += part[t * product_stride + r];

@@ -33,7 +33,18 @@ size_t tile_floats(const Plane& plane);
 // A tile of `count` tokens, `stride` values from one to the next.
 void prepare(const float* x, int64_t stride, int64_t count, const Plane& plane, uint8_t* tile, float* steps);
 
-// y[t, r] = sum_j sign[r, j] x[t, j] for the rows of row tiles [first, last), as Level::product has it; the tiles follow one another.
-void product(const Plane& plane, int64_t first, int64_t last, const uint8_t* tiles, const float* steps, int64_t tokens, float* y, int64_t stride);
+constexpr int64_t kMostMixed = 8;
+
+// Scales of rows, float16 [experts, out], and by how much each counts for a token, [tokens, experts]; no more than kMostMixed experts.
+struct Mixed {
+  const float* gates;
+  const uint16_t* scales;
+  int64_t experts, out;
+};
+
+// y[t, r] = sum_j sign[r, j] x[t, j] for the rows of row tiles [first, last), as Level::product has it, times `mixed` if that is not null;
+// the tiles follow one another.
+void product(const Plane& plane, int64_t first, int64_t last, const uint8_t* tiles, const float* steps, int64_t tokens, const Mixed* mixed, float* y,
+             int64_t stride);
 
 }  // namespace bimos::matrices
