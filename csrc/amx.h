@@ -21,14 +21,17 @@ bool is_usable();
 struct alignas(64) Shapes {
   uint8_t palette = 1, start = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  uint8_t rows[16];
+
+  // Tiles 0 to 3 are sums, 4 and 5 left sides, 6 and 7 right ones.
+  explicit constexpr Shapes(uint8_t left) : rows{left, left, left, left, left, left, 16, 16} {}
 };
 
-// All eight tiles are this thread's for as long as it lives. Not to be nested; nothing else that uses tiles may be called meanwhile.
+// All eight tiles are this thread's for as long as it lives: left sides, and sums, of `left` rows, which take as long as there are. Not to be nested; nothing else that uses tiles may be called meanwhile.
 class Tiles {
  public:
-  Tiles() {
-    static constexpr Shapes shapes;
+  explicit Tiles(int64_t left = kRows) {
+    const Shapes shapes(static_cast<uint8_t>(left));
     asm volatile("ldtilecfg %0" ::"m"(shapes) : "memory");
   }
   ~Tiles() { asm volatile("tilerelease" ::: "memory"); }

@@ -1,5 +1,5 @@
 // Products of a plane with many tokens by the matrix unit (amx.h): signs become bytes of +1 and -1, a strip of rows at a time, while
-// they are multiplied, and inputs whole numbers by pieces of up to 640,
+// they are multiplied, and inputs whole numbers by pieces of up to 576,
 //
 //   x = step (256 high + low),  step = max |x| / 32512      high in -127..127, low in 0..255, a product each
 //   x = step (256 high + low + lowest / 256)                where a few inputs are far larger than the rest
@@ -15,7 +15,7 @@
 
 namespace bimos::matrices {
 
-constexpr int64_t kFewest = 8;  // tokens for which it pays
+constexpr int64_t kFewest = 5;  // tokens for which it pays
 constexpr int64_t kTile = amx::kRows;
 
 // How many tokens to take at a time: no more than the second cache has room for beside what else is read.

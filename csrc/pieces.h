@@ -8,7 +8,7 @@
 
 namespace bimos::matrices {
 
-constexpr int64_t kPiece = 640;  // inputs that share a step, at most: their strip of signs stays in the first cache
+constexpr int64_t kPiece = 576;  // inputs that share a step, at most: their strip of signs stays in the first cache
 constexpr int64_t kDepth = 64;   // inputs of a tile
 constexpr int64_t kTileBytes = kTile * kDepth;
 
