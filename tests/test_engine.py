@@ -150,6 +150,7 @@ def test_a_cache_grows(bits: int, packed: Packed) -> None:
 def test_prompts_of_many_blocks(kind: str, options: dict[str, Any], bits: int, threads: int, packed: Packed) -> None:
     engine = Engine(packed(kind, max_position_embeddings=300, **options), threads=threads, cache_bits=bits)
     ids, other = text(230), text(47, 1)
+    error = 3e-3 if bits == 16 else 1e-2  # of what a cache rounds the other way: few tokens go by tables, many may go by matrices
 
     def in_parts(*sizes: int) -> torch.Tensor:
         sequence, parts, start = torch.ops.bimos.engine_open(engine._id), [], 0
@@ -160,12 +161,12 @@ def test_prompts_of_many_blocks(kind: str, options: dict[str, Any], bits: int, t
 
     few = in_parts(*[2] * 115)  # too few to be turned
     for sizes in ((230,), (70, 160), (1, 64, 101, 64), (150, 3, 77)):
-        assert (in_parts(*sizes) - few).norm() < 3e-3 * few.norm()
+        assert (in_parts(*sizes) - few).norm() < error * few.norm()
     first, second, third = (torch.ops.bimos.engine_open(engine._id) for _ in range(3))
     together = torch.ops.bimos.engine_read(engine._id, ids[:90] + other + ids[:5], [first] * 90 + [second] * 47 + [third] * 5, 2)
-    assert (together[:90] - few[:90]).norm() < 3e-3 * few[:90].norm()
-    assert (together[90:137] - engine.logits(other)).norm() < 3e-3 * together[90:137].norm()
-    assert (together[137:] - few[:5]).norm() < 3e-3 * few[:5].norm()
+    assert (together[:90] - few[:90]).norm() < error * few[:90].norm()
+    assert (together[90:137] - engine.logits(other)).norm() < error * together[90:137].norm()
+    assert (together[137:] - few[:5]).norm() < error * few[:5].norm()
 
 
 def test_ends_at_the_end_of_the_text(packed: Packed) -> None:
@@ -207,7 +208,7 @@ def test_limits_are_those_of_transformers(limits: dict[str, Any], packed: Packed
     kept = processors(None, reference_logits(torch.nn.Module.float(model), prompt)[-1:])
     allowed = set(kept[0].isfinite().nonzero().flatten().tolist())
     sampling = Sampling(**{"max_new_tokens": 1, "temperature": 4.0, "top_p": 1, "repetition_penalty": 1, "seed": 1} | limits)
-    drawn = {token for step in Engine(model, threads=1).tokens([prompt] * 3000, sampling, stop=False) for token in step}
+    drawn = {token for step in Engine(model, threads=1).tokens([prompt] * 800, sampling, stop=False) for token in step}
     assert drawn == allowed
 
 

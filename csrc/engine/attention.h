@@ -4,7 +4,6 @@
 
 #include "../vectors.h"
 #include "maths.h"
-#include "numbers.h"
 
 namespace bimos::maths {
 namespace {
@@ -14,9 +13,7 @@ struct Cached {
   const T* data;
   const float* scales;  // null for bfloat16
 
-  BIMOS_INLINE Floats load(int64_t at, int64_t count) const { return bimos::load(data + at, count); }
-  BIMOS_INLINE float scale(int64_t position) const { return scales == nullptr ? 1.0F : scales[position]; }
-};
+  BIMOS_INLINE Floats load(int64_t at, int64_t count) const { return bimos::load(data + at, count); }};
 
 // scores[h][p] = q_h k_p * scale, sixteen positions at a time.
 template <int kCount, typename T>
@@ -70,15 +67,27 @@ BIMOS_INLINE void attend_heads(const Attention& a, Cached<T> keys, Cached<T> val
   score<kCount>(a, keys);
   for (int h = 0; h < kCount; ++h) {
     float* scores = a.scores + h * seen;
-    float most = scores[0], total = 0;
-    for (int64_t p = 1; p < seen; ++p) most = scores[p] > most ? scores[p] : most;
-#pragma omp simd reduction(+ : total)
-    for (int64_t p = 0; p < seen; ++p) {
-      scores[p] = exponential(scores[p] - most);
-      total += scores[p];
+    const int64_t even = seen / kWidth * kWidth;  // the rest one by one
+    Floats highest = spread(scores[0]), sum{};
+    for (int64_t p = 0; p < even; p += kWidth) highest = larger(load(scores + p, kWidth), highest);
+    float most = largest_of(highest);
+    for (int64_t p = even; p < seen; ++p) most = scores[p] > most ? scores[p] : most;
+    for (int64_t p = 0; p < even; p += kWidth) {
+      const Floats share = exponential(load(scores + p, kWidth) - most);
+      sum += share;
+      store(share, scores + p, kWidth);
+    }
+    float total = sum_of(sum);
+    if (even < seen) {
+      const Floats share = exponential(load(scores + even, seen - even) - most);
+      store(share, scores + even, seen - even);
+      for (int64_t p = even; p < seen; ++p) total += scores[p];
     }
     const float inverse = 1.0F / total;
-    for (int64_t p = 0; p < seen; ++p) scores[p] *= inverse * values.scale(a.first + p);
+    vectors(seen, [&](int64_t p, int64_t count) BIMOS_ALWAYS {
+      const Floats share = load(scores + p, count) * inverse;
+      store(values.scales == nullptr ? share : share * load(values.scales + a.first + p, count), scores + p, count);
+    });
   }
   constexpr int kVectors = 4;
   int64_t j = 0;

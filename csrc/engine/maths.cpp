@@ -33,8 +33,10 @@ BIMOS_INLINE void rotate(float* x, const float* cosine, const float* sine, int64
 
 // gate = silu(gate) * up
 BIMOS_INLINE void swiglu(float* gate, const float* up, int64_t n) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) gate[j] = gate[j] / (1.0F + exponential(-gate[j])) * up[j];
+  vectors(n, [&](int64_t j, int64_t count) BIMOS_ALWAYS {
+    const Floats x = load(gate + j, count);
+    store(x / (1.0F + exponential(-x)) * load(up + j, count), gate + j, count);
+  });
 }
 
 // Writes a position; int8 is rounded to 1/127 of the largest, and NaN where any value is not finite.
