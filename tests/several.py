@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from bimos import BimosError
 from bimos.config import DistillConfig, InitialiseConfig, RunConfig
+from bimos.kernels import native
 from bimos.methods import method_config, ste
 from bimos.models import convertible_linears, decoder_blocks, load_teacher
 from bimos.processes import current
@@ -51,13 +52,16 @@ def run(
 ) -> None:
     """`bimos.quantize.run`; without a config it resumes. `moment`: the rank that is killed, and at which of its steps.
 
-    `tables`: products by sums of 8 bits where they pay, which a last bit rounds up or down; without, numbers of processes can be compared.
+    `tables`: products by sums of 8 bits where they pay, which a last bit rounds up or down; without, and in float32 where a matrix
+    unit multiplies bfloat16, numbers of processes can be compared.
 
     What ends it in one line is left in the folder `said`.
     """
     join(rank, count, port)
     if not tables:
         ste.tables_pay = lambda *_: False
+        if native._has_matrix_unit():  # torch's products by it are rounded otherwise for other numbers of rows
+            native._multiplies_bfloat16 = lambda: False  # type: ignore[assignment]
     passed = 0
 
     class Watched(Progress):
