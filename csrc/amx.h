@@ -32,11 +32,21 @@ class Tiles {
  public:
   explicit Tiles(int64_t left = kRows) {
     const Shapes shapes(static_cast<uint8_t>(left));
+    asm volatile("sttilecfg %0" : "=m"(before_)::"memory");
     asm volatile("ldtilecfg %0" ::"m"(shapes) : "memory");
   }
-  ~Tiles() { asm volatile("tilerelease" ::: "memory"); }
+  ~Tiles() {
+    if (before_.palette != 0) {  // of a library that configures once for all
+      asm volatile("ldtilecfg %0" ::"m"(before_) : "memory");
+    } else {
+      asm volatile("tilerelease" ::: "memory");
+    }
+  }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
+
+ private:
+  Shapes before_{0};
 };
 
 template <int kTile>

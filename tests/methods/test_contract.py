@@ -86,7 +86,8 @@ def round_scales(layer: TrainableLinear) -> None:
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * expected.abs().max().item())
+    largest = max(expected.abs().max().item(), 0.05)  # a single result may be what is left where larger numbers cancel
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * largest)
 
 
 @over_methods
