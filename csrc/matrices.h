@@ -15,7 +15,7 @@
 
 namespace bimos::matrices {
 
-constexpr int64_t kFewest = 5;  // tokens for which it pays
+constexpr int64_t kFewest = 12;  // tokens for which it pays: with fewer, making signs bytes takes longer than looking sums up
 constexpr int64_t kTile = amx::kRows;
 
 // How many tokens to take at a time: no more than the second cache has room for beside what else is read.
