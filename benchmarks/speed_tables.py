@@ -27,12 +27,17 @@ def sizes(results: Path) -> str:
     return "\n".join(lines)
 
 
+def machines(results: Path, name: str) -> list[dict[str, Any]]:
+    """What `name.json` holds, and then `name-MACHINE.json` of others."""
+    return [json.loads(path.read_text()) for path in [*results.glob(f"{name}.json"), *sorted(results.glob(f"{name}-*.json"))]]
+
+
 def products(results: Path) -> str:
-    """Times torch's own product, exact and with sums of 8 bits."""
-    path = results / "kernels.json"
-    if not path.exists():
-        return ""
-    result = json.loads(path.read_text())
+    """Times torch's own product, exact and with sums of 8 bits; a table a machine."""
+    return "\n\n".join(map(product_table, machines(results, "kernels")))
+
+
+def product_table(result: dict[str, Any]) -> str:
     shown = ("1", "4", "128", "512")
     lines = [
         f"A packed linear with {result['experts']} experts against torch's bfloat16 `F.linear` of the same shape, {result['threads']} "
@@ -49,17 +54,14 @@ def products(results: Path) -> str:
 
 def peers(results: Path, whole: bool) -> list[str]:
     """benchmarks/peers.py: a sentence a model, and if `whole` its table."""
-    path = results / "peers.json"
-    if not path.exists():
-        return []
-    result = json.loads(path.read_text())
     parts = []
-    for name, measured in result["models"].items():
-        parts.append(against_llama_cpp(name, measured, result))
-        if whole:
-            refused = ", ".join(f"{kind}: {reason.partition(': ')[2] or reason}" for kind, reason in measured["refused"].items())
-            parts += [f"Refused by llama.cpp: {refused}."] if refused else []
-            parts.append(peer_table(measured["rows"]))
+    for result in machines(results, "peers"):
+        for name, measured in result["models"].items():
+            parts.append(against_llama_cpp(name, measured, result))
+            if whole:
+                refused = ", ".join(f"{kind}: {reason.partition(': ')[2] or reason}" for kind, reason in measured["refused"].items())
+                parts += [f"Refused by llama.cpp: {refused}."] if refused else []
+                parts.append(peer_table(measured["rows"]))
     return parts
 
 
