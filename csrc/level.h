@@ -13,7 +13,7 @@ enum class Dtype { float32, bfloat16, float16 };
 // How the rows of a plane lie in memory (tiles.h).
 enum class Layout { rows32, rows64 };
 
-constexpr int kTokens = 4;  // that a product takes at a time
+constexpr int kTokens = 4;  // that a product by tables takes at a time
 
 // A plane in its tiles.
 struct Plane {
@@ -21,7 +21,7 @@ struct Plane {
   int64_t in;       // inputs, a multiple of 8
   int64_t block;    // inputs that share a scale of the tables, and a scale of the row where `grouped`
   bool grouped;     // whether every block of a row tile is followed by its rows' float16 scales
-  bool int8;        // whether sums of four inputs are rounded to 8 bits, 127 being the largest of their block; else to 16
+  bool int8;        // whether sums of four inputs (by matrices, inputs) are rounded to 8 bits, 127 being the largest of their block; else to 16
 };
 
 struct Level {

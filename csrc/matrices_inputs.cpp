@@ -9,8 +9,6 @@ namespace bimos::matrices {
 namespace {
 
 constexpr int64_t kSecondCache = 1 << 20;  // bytes of it to fill
-constexpr float kLargest = 32512, kLargestInt8 = 127;
-constexpr float kFar = 8;  // times the root of the mean square: steps of the largest would be 7e-5 of the rest
 
 }  // namespace
 
@@ -26,6 +24,9 @@ size_t tile_floats(const Plane& plane) { return static_cast<size_t>(Pieces(plane
 
 #ifdef BIMOS_X86
 namespace {
+
+constexpr float kLargest = 32512, kLargestInt8 = 127;
+constexpr float kFar = 8;  // times the root of the mean square: steps of the largest would be 7e-5 of the rest
 
 BIMOS_AVX512 inline __mmask16 lanes(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1U << n) - 1); }
 

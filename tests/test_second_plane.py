@@ -22,7 +22,7 @@ from bimos.training.optimizer import adamw, select
 from bimos.training.student import trainable_layers, uninitialised_student
 from running import config, raising, run
 
-PARTS = ["v_proj", "layers.1", "v_proj+layers.1", "layers.1.self_attn", "layers.0.mlp.down_proj+q_proj", "self_attn.o_proj", "model"]
+PARTS = ["v_proj", "layers.1", "v_proj+layers.1", "layers.1.self_attn", "layers.0.mlp.down_proj+q_proj", "self_attn.o_proj"]
 
 
 def with_two(second_plane: str, names: list[str]) -> set[str]:
@@ -35,10 +35,17 @@ def test_a_block_knows_its_linears_by_the_rest_of_their_names(parts: str, teache
     names = list(convertible_linears(load_model(teacher_directory)))
     method, two = BinaryMoSConfig(second_plane=parts), with_two(parts, names)
     method.check_names(names)
-    assert two and (len(two) < len(names) or parts == "model")
+    assert two and len(two) < len(names)
     for name in names:
         block, local = ".".join(name.split(".")[:3]), ".".join(name.split(".")[3:])
         assert method.of_block(block).of_linear(local).planes == method.of_linear(name).planes  # type: ignore[attr-defined]
+
+
+def test_what_is_left_of_a_part_begins_the_rest_of_a_name() -> None:
+    method = BinaryMoSConfig(second_plane="0.up_proj")
+    for name in ("mlp.experts.1.up_proj", "mlp.experts.0.up_proj", "up_proj", "mlp.up_proj"):
+        whole, within = method.of_linear(f"model.layers.0.{name}"), method.of_block("model.layers.0").of_linear(name)
+        assert whole == within
 
 
 def test_numbers_are_whole() -> None:
@@ -51,6 +58,8 @@ def test_numbers_are_whole() -> None:
         ({"second_plane": "v_proj", "planes": 2}, "all linears have two with planes=2"),
         ({"second_plane": "v_proj++o_proj"}, "must be parts of names"),
         ({"second_plane": "layers.1."}, "must be parts of names"),
+        ({"second_plane": 0}, "must be of type str"),
+        ({"second_plane": ["v_proj"]}, "must be of type str"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
@@ -63,6 +72,8 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
 def test_names_that_are_not_there(teacher_directory: Path, text_file: Path) -> None:
     with pytest.raises(BimosError, match="no linear that is converted has 'w_proj' in its name"):
         plan(teacher_directory, config(text_file, options={"second_plane": "v_proj+w_proj"}))
+    with pytest.raises(BimosError, match="that is all linears, which planes=2 is for"):
+        plan(teacher_directory, config(text_file, options={"second_plane": "self_attn+mlp"}))
 
 
 def test_latents_of_two_planes_learn_at_their_own_rate(teacher_directory: Path) -> None:

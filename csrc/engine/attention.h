@@ -13,7 +13,8 @@ struct Cached {
   const T* data;
   const float* scales;  // null for bfloat16
 
-  BIMOS_INLINE Floats load(int64_t at, int64_t count) const { return bimos::load(data + at, count); }};
+  BIMOS_INLINE Floats load(int64_t at, int64_t count) const { return bimos::load(data + at, count); }
+};
 
 // scores[h][p] = q_h k_p * scale, sixteen positions at a time.
 template <int kCount, typename T>

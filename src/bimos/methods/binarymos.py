@@ -31,7 +31,7 @@ from bimos.methods.coupled import GroupedFit, coupled_fit, coupled_latents
 from bimos.methods.experts import cluster, tune_scales
 from bimos.methods.grouped import grouped_sign_linear
 from bimos.methods.mixing import mix, route_and_mix
-from bimos.methods.names import behind, contains
+from bimos.methods.names import AT_START, behind, contains
 from bimos.methods.planes import Plane, SignPlane, decision
 from bimos.methods.rank_one import weighted_rank_one
 from bimos.methods.ste import compute_dtype, sign_linear, sign_ste
@@ -230,8 +230,10 @@ class BinaryMoSConfig(MethodConfig):
 
     def check_names(self, names: Collection[str]) -> None:
         for part in self._parts():
-            if not any(contains(name, part) for name in names):
+            if part.startswith(AT_START) or not any(contains(name, part) for name in names):
                 raise BimosError(f"second_plane={self.second_plane}: no linear that is converted has '{part}' in its name")
+        if self.second_plane and all(any(contains(name, part) for part in self._parts()) for name in names):
+            raise BimosError(f"second_plane={self.second_plane}: that is all linears, which planes=2 is for")
 
     def lr_latent(self) -> float:
         # Behind the blocks four levels are near the teacher; what turns by chance is then a loss.

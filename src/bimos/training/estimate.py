@@ -56,7 +56,8 @@ def peak_memory(model: nn.Module, config: RunConfig, processes: int = 1) -> dict
         value * around + sum(layers[name].bytes_a_token(m.in_features, m.out_features) for name, m in linears.items())
     )  # bytes a token
     # Signs and their gradient; in float32 that of the first plane is the latent's.
-    shares = {name: m.weight.numel() / sum(m.weight.numel() for m in linears.values()) for name, m in linears.items()}
+    body_weights = sum(m.weight.numel() for m in linears.values())
+    shares = {name: m.weight.numel() / body_weights for name, m in linears.items()}
     others = {name: layer.planes if value == 2 else max(0, layer.planes - 1) for name, layer in layers.items()}
     signs = round(sum(share * (layers[name].of_signs + value * others[name]) for name, share in shares.items()))
     made = round(sum(share * LANES * layers[name].of_weight for name, share in shares.items()))  # weights for the product, a lane
