@@ -93,8 +93,9 @@ def held(output: Path) -> Iterator[None]:
 def read_run(output: Path) -> dict[str, Any]:
     path = output / WORK / "run.json"
     if not path.exists():
-        done = " (the run there is finished)" if (output / "result.json").exists() else ""
-        raise BimosError(f"nothing to resume in '{output}'{done}; start without --resume")
+        if (output / "result.json").exists():
+            raise BimosError(f"nothing to resume in '{output}' (the run there is finished); give another directory, or --overwrite")
+        raise BimosError(f"nothing to resume in '{output}'; start without --resume")
     with contextlib.suppress(ValueError, TypeError):
         known = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(known, dict) and {"model", "weights", "config", "evaluate"} <= known.keys():

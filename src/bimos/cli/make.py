@@ -41,7 +41,9 @@ def quantize(
             help="txt, jsonl or parquet file, folder, Hub dataset, mix `A:0.7,B:0.3`, or `self`. [default: a Hub mix]",
         ),
     ] = None,
-    tokens: Annotated[int | None, typer.Option(metavar="N", help="Budget: tokens of end-to-end distillation.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Budget: tokens of end-to-end distillation; blocks have theirs, --set blocks.tokens=N.")
+    ] = None,
     minutes: Annotated[
         float | None, typer.Option(metavar="N", help="Budget: minutes of all stages together; 60 if no tokens are given.")
     ] = None,

@@ -132,7 +132,8 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 def info(model: Model, json: Json = None) -> None:
     """Show where a model's bytes are, and its bits per weight; of planes of zeros and ones, how many additions they skip.
 
-    Of a .gguf file or a Hub id only the config is read: sizes are then those of 16-bit weights.
+    Of a .gguf file or a Hub id only the config is read: sizes are then those of 16-bit weights. Checksums are not compared:
+    that is done when weights are loaded.
 
     Example: `bimos info smollm2-1bit`
     """
