@@ -5,10 +5,6 @@
 #include "pieces.h"
 #include "room.h"
 
-#ifdef BIMOS_X86
-#include <immintrin.h>
-#endif
-
 namespace bimos::matrices {
 
 #ifdef BIMOS_X86
@@ -41,9 +37,11 @@ BIMOS_AVX512 void expand(const uint8_t* data, int64_t steps, uint8_t* to) {
   }
 }
 
-// sums [kTiles, 2, 16, 16] of digits of kTiles tiles of tokens with a strip.
-template <int kTiles, bool kSigned>
-BIMOS_INLINE void multiply(const uint8_t* left, int64_t to_next, const uint8_t* right, int64_t right_half, int64_t depths, int32_t* sums) {
+// sums [2, 16, 16] of a digit of a tile of tokens with a strip; with two tiles, those of what lies `to_next` bytes on, too: the next tile's
+// digit, or this one's next digit. Four sums at a time keep the unit busy.
+template <int kTiles, bool kSigned, bool kNextSigned = kSigned>
+BIMOS_INLINE void multiply(const uint8_t* left, int64_t to_next, const uint8_t* right, int64_t right_half, int64_t depths, int32_t* sums,
+                           [[maybe_unused]] int32_t* next) {
   amx::zero<0>();
   amx::zero<1>();
   if constexpr (kTiles == 2) {
@@ -58,38 +56,16 @@ BIMOS_INLINE void multiply(const uint8_t* left, int64_t to_next, const uint8_t* 
     amx::add_bytes<1, 4, 7, kSigned>();
     if constexpr (kTiles == 2) {
       amx::load<5>(left + to_next, kDepth);
-      amx::add_bytes<2, 5, 6, kSigned>();
-      amx::add_bytes<3, 5, 7, kSigned>();
+      amx::add_bytes<2, 5, 6, kNextSigned>();
+      amx::add_bytes<3, 5, 7, kNextSigned>();
     }
   }
   amx::store<0>(sums, 64);
   amx::store<1>(sums + 256, 64);
   if constexpr (kTiles == 2) {
-    amx::store<2>(sums + 512, 64);
-    amx::store<3>(sums + 768, 64);
+    amx::store<2>(next, 64);
+    amx::store<3>(next + 256, 64);
   }
-}
-
-// Both digits of one tile of tokens: four sums at a time, as the unit needs to be busy, and the strip is read once.
-BIMOS_INLINE void multiply_both(const uint8_t* left, int64_t apart, const uint8_t* right, int64_t right_half, int64_t depths, int32_t* high, int32_t* low) {
-  amx::zero<0>();
-  amx::zero<1>();
-  amx::zero<2>();
-  amx::zero<3>();
-  for (int64_t k = 0; k < depths; ++k, left += kTileBytes, right += kTileBytes) {
-    amx::load<4>(left, kDepth);
-    amx::load<6>(right, kDepth);
-    amx::load<7>(right + right_half, kDepth);
-    amx::load<5>(left + apart, kDepth);
-    amx::add_bytes<0, 4, 6, true>();
-    amx::add_bytes<1, 4, 7, true>();
-    amx::add_bytes<2, 5, 6, false>();
-    amx::add_bytes<3, 5, 7, false>();
-  }
-  amx::store<0>(high, 64);
-  amx::store<1>(high + 256, 64);
-  amx::store<2>(low, 64);
-  amx::store<3>(low + 256, 64);
 }
 
 struct Sums {
@@ -148,13 +124,13 @@ BIMOS_AVX512 void scale(const Mixed& mixed, int64_t row, int64_t token, int64_t 
 template <bool kInt8, int kTiles>
 BIMOS_AVX512 void strip(const uint8_t* left, int64_t to_next, int64_t apart, const uint8_t* right, int64_t right_half, int64_t depths, bool is_fine, Sums& sums) {
   if constexpr (!kInt8 && kTiles == 1) {
-    multiply_both(left, apart, right, right_half, depths, sums.high, sums.low);
+    multiply<2, true, false>(left, apart, right, right_half, depths, sums.high, sums.low);  // both digits
   } else {
-    multiply<kTiles, true>(left, to_next, right, right_half, depths, sums.high);
+    multiply<kTiles, true>(left, to_next, right, right_half, depths, sums.high, sums.high + 512);
     if (kInt8) return;
-    multiply<kTiles, false>(left + apart, to_next, right, right_half, depths, sums.low);
+    multiply<kTiles, false>(left + apart, to_next, right, right_half, depths, sums.low, sums.low + 512);
   }
-  if (is_fine) multiply<kTiles, false>(left + 2 * apart, to_next, right, right_half, depths, sums.lowest);
+  if (is_fine) multiply<kTiles, false>(left + 2 * apart, to_next, right, right_half, depths, sums.lowest, sums.lowest + 512);
 }
 
 // A strip's signs of a piece, and the scales of its rows in that piece's group.

@@ -1,10 +1,6 @@
 // Inputs of products by the matrix unit: whole numbers in tiles of 16 tokens.
 #include "pieces.h"
 
-#ifdef BIMOS_X86
-#include <immintrin.h>
-#endif
-
 namespace bimos::matrices {
 namespace {
 
@@ -27,8 +23,6 @@ namespace {
 
 constexpr float kLargest = 32512, kLargestInt8 = 127;
 constexpr float kFar = 8;  // times the root of the mean square: steps of the largest would be 7e-5 of the rest
-
-BIMOS_AVX512 inline __mmask16 lanes(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1U << n) - 1); }
 
 // The largest |x| and the sum of squares of `n` values; the first is NaN where any is not finite.
 BIMOS_AVX512 void measure(const float* x, int64_t n, float& most, float& squares) {

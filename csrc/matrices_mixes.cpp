@@ -1,18 +1,12 @@
 // Routers and scales of several tokens at a time.
 #include <algorithm>
 
-#include "matrices.h"
-
-#ifdef BIMOS_X86
-#include <immintrin.h>
-#endif
+#include "pieces.h"
 
 namespace bimos::matrices {
 
 #ifdef BIMOS_X86
 namespace {
-
-BIMOS_AVX512 inline __mmask16 lanes(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1U << n) - 1); }
 
 BIMOS_AVX512 inline __m512 load_half(const uint16_t* from, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from)); }
 

@@ -6,6 +6,10 @@
 #include "matrices.h"
 #include "tiles.h"
 
+#ifdef BIMOS_X86
+#include <immintrin.h>
+#endif
+
 namespace bimos::matrices {
 
 constexpr int64_t kPiece = 576;  // inputs that share a step, at most: their strip of signs stays in the first cache
@@ -32,5 +36,10 @@ struct Pieces {
 
 // Numbers that an input is made of, at most.
 inline int64_t numbers_of(const Plane& plane) { return plane.int8 ? 1 : 3; }
+
+#ifdef BIMOS_X86
+// The first `n` lanes, all or none.
+BIMOS_AVX512 inline __mmask16 lanes(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1U << n) - 1); }
+#endif
 
 }  // namespace bimos::matrices
