@@ -34,9 +34,9 @@ CONFIGS = {
     ),
 }
 RUN = (
-    "import resource, sys; from bimos.cli import main\n"
+    "import sys; from bimos.cli import main; from bimos.training.memory import peak_resident_bytes\n"
     "try: main()\n"
-    "finally: print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)"
+    "finally: print('PEAK', peak_resident_bytes(), file=sys.stderr)"
 )
 
 

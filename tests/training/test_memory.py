@@ -63,3 +63,10 @@ def test_steps_find_their_memory_again_and_the_last_gives_it_back() -> None:
     assert last < first / 4
     assert held > 100 << 20
     assert left < 40 << 20
+
+
+def test_a_peak_is_of_the_process_alone_not_of_the_one_that_started_it() -> None:
+    program = "from bimos.training.memory import peak_resident_bytes; print(peak_resident_bytes())"
+    parent = f"import subprocess, sys; b'x' * (1 << 30); subprocess.run([sys.executable, '-c', {program!r}], check=True)"
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    assert 100e6 < int(done.stdout) < 1e9

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import resource
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from bimos.kernels import native
 from bimos.models import has_experts, load_model
 from bimos.packing.embedding import Int8Embedding
 from bimos.packing.linear import set_activation
+from bimos.training.memory import peak_resident_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +90,7 @@ def measure(
         del model
         rounds = _Rounds(runner, runs, config.vocab_size, progress)
         rounds.run()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = peak_resident_bytes()
         rounds.forget()
         bandwidth = Bandwidth()
         for _ in range(runs.repeats):

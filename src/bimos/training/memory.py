@@ -30,6 +30,14 @@ def peak_bytes() -> int:
     """The most bytes in use since `reset_peak`."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
+    return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process had, on Linux since `reset_peak`.
+
+    `getrusage` is for other systems alone: on Linux a process starts with the peak of the one that started it.
+    """
     if _STATUS.exists():
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
