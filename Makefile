@@ -83,7 +83,7 @@ fuzz: $(VENV)/.installed-dev  ## damaged checkpoints for the loaders for FUZZ_SE
 	cd build/fuzz && PYTHONPATH=$(CURDIR)/tests HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error $(CURDIR)/$(BIN)/python $(CURDIR)/tests/fuzzing.py \
 		corpus -max_total_time=$(FUZZ_SECONDS) -timeout=60 -rss_limit_mb=4096 -max_len=120 -len_control=0
 
-emulate: $(VENV)/.installed  ## every level of the kernels on emulated older processors (needs qemu-user)
+emulate: $(VENV)/.installed  ## the kernels on emulated processors without AVX-512, and without AVX2 (needs qemu-user)
 	$(CMAKE) -B build/emulate && $(CMAKE_BUILD) build/emulate --target levels
 	qemu-x86_64 -cpu Nehalem build/emulate/levels scalar
 	qemu-x86_64 -cpu Haswell build/emulate/levels avx2

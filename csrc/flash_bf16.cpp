@@ -1,4 +1,5 @@
 // Attention of bfloat16 in training by products of pairs (vdpbf16ps), which sum in float32: twice the products of flash.cpp an instruction.
+// With AMX the same by tiles (blocks_bf16.h).
 // Shares of keys, and their gradients, are rounded to bfloat16 before they are multiplied (as FlashAttention-2 does).
 #include "flash_bf16.h"
 

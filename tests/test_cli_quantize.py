@@ -87,7 +87,7 @@ def test_minutes_without_training_are_told_of(tmp_path: Path) -> None:
 def test_the_saved_model_talks(outcome: tuple[Path, dict]) -> None:
     directory, _ = outcome
     result = CliRunner().invoke(app, ["chat", str(directory), "--max-new-tokens", "6", "--seed", "0"], input="Who are you?\n")
-    assert result.exit_code == 0 and result.stdout.endswith("\n")
+    assert result.exit_code == 0 and result.stdout.endswith("\n") and result.stdout.strip()
 
 
 @pytest.mark.parametrize(("sizes", "gigabytes", "factor"), [((4096, 32, 32, 11008), 1.36, 9.9), ((5120, 40, 40, 13824), 2.29, 11.4)])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from bimos import BimosError
@@ -25,6 +27,8 @@ from bimos.models import (
     load_to_measure,
     load_tokenizer,
 )
+from bimos.quantize import run
+from running import config
 
 
 def refused(fragment: str, load: object, *arguments: object) -> None:
@@ -86,6 +90,29 @@ def test_damaged_models(damage: str, teacher_directory: Path, tmp_path: Path) ->
     else:
         weights.write_bytes(weights.read_bytes()[:-100] if damage == "truncated" else b"\xff" * 4000)
     refused(f"'{model}/config.json' is corrupt" if damage == "no json" else f"cannot load '{model}'", load_model, model)
+
+
+def changed_weights(teacher_directory: Path, model: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """A copy of the teacher, what its file holds changed by `change`."""
+    shutil.copytree(teacher_directory, model)
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    return model
+
+
+def test_tensors_that_no_file_has_are_not_drawn_at_random(teacher_directory: Path, tmp_path: Path) -> None:
+    lost = "model.layers.1.mlp.up_proj.weight"
+    model = changed_weights(teacher_directory, tmp_path / "model", lambda tensors: tensors.pop(lost))
+    refused(f"lack 1 tensors .*{lost}", load_model, model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_values_that_are_no_numbers(value: float, teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.input_layernorm.weight"
+    model = changed_weights(teacher_directory, tmp_path / "model", lambda tensors: tensors[name][3:4].fill_(value))
+    for more in ({}, {"low_memory": True, "tokens": None, "minutes": 1.0}):
+        refused(f"'{name}' .*NaN or infinite", run, model, tmp_path / "out", config(text_file, **more))
 
 
 def write_gguf(directory: Path, path: Path) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import safetensors.torch
@@ -127,7 +130,7 @@ def test_honest_bits_of_the_baselines(method: str, bits: float, tmp_path: Path) 
 
 
 def test_result_has_the_promised_keys(finished: tuple[dict[str, Any], Path], teacher_directory: Path, text_file: Path) -> None:
-    result, _ = finished
+    result, output = finished
     assert result["model"] == str(teacher_directory) and result["method"] == "binarymos"
     assert RunConfig.from_dict(result["config"]) == config(text_file, tokens=4096)
     for key in ("total_bytes", "original_bytes", "compression", "body_bits_per_weight", "bits_per_parameter", "seconds"):
@@ -143,6 +146,8 @@ def test_result_has_the_promised_keys(finished: tuple[dict[str, Any], Path], tea
     quality = result["perplexity"][str(text_file)]
     assert quality["value"] > 1 and quality["teacher"] > 1 and quality["windows"] > 1 and quality["context"] == 256
     assert result["embedding"]["bits"] == 8
+    assert "| embeddings | perplexity " in (output / "README.md").read_text()
+    assert "Embeddings in 8 bits: perplexity " in (output / "report.html").read_text()
     assert result["embedding"]["perplexity"] == pytest.approx(result["embedding"]["perplexity_16_bits"], rel=0.02)
 
 
@@ -327,3 +332,21 @@ def test_losses_go_to_tensorboard(teacher_directory: Path, text_file: Path, tmp_
     assert [event.step for event in log.Scalars("train/loss")] == [10, 20]
     assert 0 < log.Scalars("train/loss")[0].value < 20
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # the folder does not disturb it
+
+
+def test_losses_go_to_trackio(teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a stand-in with the part of its interface that the Trainer's callback uses; tried with trackio 0.43 itself."""
+    trackio: Any = ModuleType("trackio")
+    trackio.__spec__ = ModuleSpec("trackio", None)
+    trackio.__version__ = "0.43.0"
+    logged: list[dict[str, Any]] = []
+    nobody = SimpleNamespace(get=lambda: None)
+    trackio.context_vars = SimpleNamespace(current_space_id=nobody, current_project=nobody)
+    trackio.config = MagicMock()
+    trackio.init, trackio.log, trackio.finish = MagicMock(), logged.append, MagicMock()
+    trackio.freeze = trackio.sync = MagicMock(side_effect=AssertionError("nothing is to leave the machine"))
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    run(teacher_directory, tmp_path / "out", config(text_file, tokens=32 * 4 * 20, distill={"report_to": "trackio"}))
+    losses = [entry for entry in logged if "train/loss" in entry]
+    assert [entry["train/global_step"] for entry in losses] == [10, 20] and all(0 < entry["train/loss"] < 20 for entry in losses)
+    assert all(entry["train/learning_rate"] >= 0 for entry in losses) and trackio.finish.called

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from bimos import stages
 from bimos.config import RunConfig
+from bimos.errors import disk_full
 from bimos.packing.checkpoint import save_packed as save_packed_itself
 from bimos.quantize import run
 from bimos.resume import DONE, WORK, held, remembered
@@ -140,6 +141,23 @@ def test_a_full_disk_while_training(
         patched.setattr(f"bimos.training.{stage}.save_tensors", raising(OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(OSError, match="No space left"):  # the command line makes one line of it
             run(teacher_directory, output, config(text_file))
+    assert run(teacher_directory, output, None, resume=True)["stages"][1]["tokens"] == 1024
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_while_the_optimizer_is_saved(
+    teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, save = tmp_path / "out", torch.save
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", lambda state, path: save(state, "/dev/full"))
+        with pytest.raises(RuntimeError) as caught:
+            run(teacher_directory, output, config(text_file))
+    assert disk_full(caught.value)
+    for state in ({"small": torch.zeros(3)}, {"large": torch.zeros(100_000)}):  # which end in other words
+        with pytest.raises(RuntimeError) as caught:
+            save(state, "/dev/full")
+        assert disk_full(caught.value)
     assert run(teacher_directory, output, None, resume=True)["stages"][1]["tokens"] == 1024
 
 

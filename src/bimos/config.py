@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # For whoever names no text: prose as WikiText is typeset, the web, chat. WikiText-103's split for training has no article of the test.
 DEFAULT_DATA = "Salesforce/wikitext:wikitext-103-raw-v1:0.75,allenai/c4:en:0.2,HuggingFaceTB/smoltalk:all:0.05"
+MOST = 10**15  # of a budget, in tokens or minutes
 DEFAULT_MINUTES = 60.0  # for whoever gives no budget
 
 
@@ -147,8 +148,8 @@ class RunConfig:
         """Raises BimosError on values that no run can have."""
         for name in ("tokens", "minutes"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise BimosError(f"a budget of {value} {name} is none; give --{name} a positive number, and a finite one")
+            if value is not None and not 0 < value <= MOST:
+                raise BimosError(f"a budget of {value} {name} is none; give --{name} a positive, finite number, at most {MOST:.0e}")
         if self.tokens is not None and self.minutes is not None:
             raise BimosError("give a budget in --tokens or in --minutes, not both")
         for words, (must, holds) in _RANGES.items():

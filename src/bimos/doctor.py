@@ -24,6 +24,7 @@ OPTIONAL = {
     "lm_eval": "zero-shot tasks: pip install 'bimos[eval]'",
     "matplotlib": "pictures of bimos compare and inspect: pip install 'bimos[eval]'",
     "tensorboard": "training curves: pip install 'bimos[logging]'",
+    "trackio": "training curves: pip install trackio",
     "torchao": "moments in 8 bits, latents in bfloat16: pip install 'bimos[lean]'",
     "hqq": "a row of bimos compare: pip install 'bimos[peers]'",
     "auto-round": "a row of bimos compare: pip install 'bimos[peers]'",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 
+# What libraries in other languages say; the last two are of torch.save, behind a write that failed.
+_IN_WORDS = ("No space left on device", "iostream error", "unexpected pos")
 DISK_FULL = "no space left on the device: make room and run again; what was saved before is intact"
 
 
@@ -19,7 +21,7 @@ def disk_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if "No space left on device" in str(error):
+        if any(words in str(error) for words in _IN_WORDS):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -13,6 +13,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from bimos.config import RunConfig
+from bimos.evaluation.formatting import embedding_change
 from bimos.evaluation.perplexity import perplexity
 from bimos.evaluation.report import write_report
 from bimos.evaluation.texts import load_text
@@ -60,6 +61,7 @@ def finish(
             if key in ("data", "sequence_length", "seed", "initialise", "blocks", "distill", "loss")
         },
         "budget": {stage["name"]: f"{stage['tokens']:,} tokens, {stage['seconds'] / 60:.1f} minutes" for stage in stages},
+        **({"embeddings": embedding_change(change["embedding"]).partition(": ")[2]} if change else {}),
         "perplexity": {name: {k: v for k, v in found.items() if k not in ("losses", "text")} for name, found in quality.items()},
         "versions": provenance()["versions"],
     }

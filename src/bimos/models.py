@@ -50,7 +50,7 @@ def _source(model: str | Path) -> tuple[str, dict[str, Any]]:
 def _explain(model: str | Path, error: Exception) -> BimosError:
     source = str(model)
     said = str(error).strip()
-    first = said.splitlines()[0] if said else type(error).__name__
+    first = said.splitlines()[0].strip() if said else type(error).__name__
     if first.endswith(":"):  # what it announces is on the lines behind it
         first = " ".join(said.split())[:300]
     if not Path(source).expanduser().exists():
@@ -88,18 +88,22 @@ def load_model(model: str | Path, dtype: torch.dtype | str = "auto") -> PreTrain
     elif Path(source).is_dir():
         check_depth(source)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
+        outcome: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **extra)
     except BimosError:
         raise
     except Exception as error:  # safetensors, json and torch each have their own; all mean that it cannot be read
         if isinstance(error, MemoryError):
             raise
         raise _explain(model, error) from error
+    loaded, found = outcome
+    if missing := sorted(found["missing_keys"]):  # transformers draws them at random, with a warning
+        raise BimosError(f"cannot load '{model}': its files lack {len(missing)} tensors, such as '{missing[0]}'; fetch it again")
     if extra and hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config
-        loaded.is_quantized = False  # type: ignore[assignment]
-        loaded.hf_quantizer = None  # type: ignore[assignment]
-    return loaded.eval()
+        loaded.is_quantized = False
+        loaded.hf_quantizer = None
+    result: PreTrainedModel = loaded.eval()
+    return result
 
 
 def load_to_measure(model: str | Path) -> PreTrainedModel:
@@ -198,6 +202,13 @@ def has_experts(model: nn.Module, blocks: nn.Module) -> bool:
     config = getattr(model, "config", None)
     named = any((getattr(config, key, None) or 0) > 1 for key in ("num_local_experts", "num_experts", "n_routed_experts"))
     return named or any(parameter.dim() == 3 for parameter in blocks.parameters())
+
+
+def check_finite(module: nn.Module, prefix: str = "") -> None:
+    """Raises BimosError: a parameter of `module`, whose own name is `prefix`, holds NaN or infinity. None on the meta device does."""
+    for name, parameter in module.named_parameters(prefix):
+        if not parameter.is_meta and not parameter.isfinite().all():
+            raise BimosError(f"'{name}' of the model holds NaN or infinite values: fetch the model again")
 
 
 def _ends(name: str, ending: str) -> bool:

@@ -20,6 +20,7 @@ from torch import nn
 from bimos.config import RunConfig
 from bimos.errors import BimosError
 from bimos.evaluation.versions import write_json
+from bimos.packing.checkpoint import recover
 from bimos.training.data import TokenStream
 
 WORK = "work"
@@ -41,9 +42,10 @@ def fingerprint(model: nn.Module) -> str:
 def settle(output: Path) -> None:
     """Put things in order after a kill in one of the moments when the work was not in its place.
 
-    They are the first, before `run.json` was there, that when a new checkpoint had just taken the place of the old one, and the last,
-    when the work was being deleted.
+    They are the first, before `run.json` was there, those when a new checkpoint took the place of the old one, and the last, when the work
+    was being deleted.
     """
+    recover(output.resolve())
     work = output / WORK
     shutil.rmtree(output / DONE, ignore_errors=True)
     stranded = output.resolve().parent / f".{output.resolve().name}.saving" / WORK

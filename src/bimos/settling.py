@@ -17,7 +17,7 @@ from bimos.evaluation.perplexity import maximum_context
 from bimos.evaluation.texts import load_text
 from bimos.evaluation.versions import write_json
 from bimos.methods import MethodConfig, method_config
-from bimos.models import convertible_linears
+from bimos.models import check_finite, convertible_linears
 from bimos.packing.checkpoint import check_output
 from bimos.packing.embedding import check_embedding
 from bimos.resume import WORK, check_same_run, discard, read_run, remembered, settle
@@ -105,6 +105,8 @@ def check_fit(teacher: PreTrainedModel, method: MethodConfig, config: RunConfig)
             method.layout_of(name, linear.in_features, linear.out_features, linear.bias is not None)
         except BimosError as error:
             raise BimosError(f"'{name}': {error}") from None
+    if not config.low_memory:  # which reads a block when its turn has come
+        check_finite(teacher)
     if config.embedding_bits == 8:
         check_embedding(teacher.get_input_embeddings())
     limit = maximum_context(teacher)

@@ -96,6 +96,8 @@ def test_local_files_of_every_kind(tmp_path):
     assert load_text(str(tmp_path / "a.txt")).name == "a.txt"
     assert read_documents(tmp_path / "b.jsonl") == [f"row {i}\u2028x" for i in range(3)]
     assert load_text(str(tmp_path / "b.jsonl")).text.count("\n\n") == 2
+    (tmp_path / "halves.jsonl").write_bytes(b'{"text": "a\\ud800b"}')
+    assert read_documents(tmp_path / "halves.jsonl") == ["a\ufffdb"]
     assert read_documents(tmp_path / "c.jsonl.gz") == ["only string column"]
     assert read_documents(tmp_path / "d.parquet") == ["one", ""]
 
@@ -106,6 +108,7 @@ def test_local_files_of_every_kind(tmp_path):
         ("empty.txt", b" \n", "empty"),
         ("latin.txt", b"\xe9\xff", "not a readable txt"),
         ("bad.jsonl", b'{"text": "a"\n', "not a readable jsonl"),
+        ("deep.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not a readable jsonl.*too deep"),
         ("list.jsonl", b"[1]\n", "no JSON objects"),
         ("none.jsonl", b'{"a": "x", "b": "y"}\n', "no column 'text'"),
         ("bad.parquet", b"PAR1 not really", "not a readable parquet"),

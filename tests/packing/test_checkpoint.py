@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -18,7 +19,7 @@ import transformers.modeling_utils
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from bimos.errors import BimosError
 from bimos.packing import checkpoint
@@ -82,7 +83,20 @@ def test_model_card(packed: Make, tmp_path: Path) -> None:
     assert str(tmp_path) not in text and "base_model" not in text and "Not measured" in text
 
 
-def test_a_plain_save_leaves_the_card_alone(packed: Make, tmp_path: Path) -> None:
+def test_a_plain_save_has_a_card(packed: Make, tmp_path: Path) -> None:
+    packed("llama", card=CARD).save_pretrained(tmp_path / "a")
+    text = (tmp_path / "a/README.md").read_text()
+    assert "base_model: someone/SmallLM" in text and "per body weight" in text
+    again = copy.deepcopy(AutoModelForCausalLM.from_pretrained(tmp_path / "a"))
+    again.save_pretrained(tmp_path / "b", is_main_process=False)
+    assert not (tmp_path / "b/README.md").exists()
+    again.save_pretrained(tmp_path / "b")
+    assert (tmp_path / "b/README.md").read_text().splitlines()[-12:] == text.splitlines()[-12:]
+    AutoModel.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "base")
+    assert "per body weight" in (tmp_path / "base/README.md").read_text()
+
+
+def test_a_plain_save_leaves_a_card_alone(packed: Make, tmp_path: Path) -> None:
     model = packed("llama")
     save_packed(model, None, tmp_path / "a", card=CARD)
     before = (tmp_path / "a/README.md").read_text()
@@ -189,10 +203,12 @@ torch.set_num_threads(1)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 import bimos
-from bimos.packing import checkpoint
+from bimos.packing import card, checkpoint
 from bimos.packing.checkpoint import save_packed
 from bimos.packing.integrity import verify
-directory, other = sys.argv[1:]
+directory, other, together = sys.argv[1:]
+if together == "two":
+    checkpoint._exchange = lambda a, b: False
 model = AutoModelForCausalLM.from_pretrained(other)
 
 def same(saved, path):  # tensors, not bytes: the order of metadata in a safetensors file is random
@@ -214,7 +230,7 @@ def save(kill_at):
             return result
         return call
     os.fsync = lambda handle: None  # a step, but no time: a kill loses nothing that the system has
-    steps_of = ((os, "fsync"), (os, "rename"), (checkpoint, "_exchange"), (checkpoint, "size_report"), (checkpoint.shutil, "rmtree"))
+    steps_of = ((os, "fsync"), (os, "rename"), (checkpoint, "_exchange"), (card, "size_report"), (checkpoint.shutil, "rmtree"))
     for holder, name in steps_of:
         setattr(holder, name, counted(getattr(holder, name)))
     save_packed(model, None, directory, overwrite=True)
@@ -225,6 +241,7 @@ for kill_at in range(1, 100):
         save(kill_at)
         os._exit(0)
     _, status = os.waitpid(child, 0)
+    checkpoint.recover(Path(directory))
     verify(directory)
     saved = load_file(Path(directory) / "model.safetensors")
     print(kill_at, os.WTERMSIG(status), "old" if same(saved, Path(directory + ".copy")) else
@@ -235,13 +252,15 @@ for kill_at in range(1, 100):
 """
 
 
-def test_killed_at_every_step(packed: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", ["one", "two"])
+def test_killed_at_every_step(steps: str, packed: Make, tmp_path: Path) -> None:
+    """Whether directories can change places in one step or not."""
     save_packed(packed("llama"), None, tmp_path / "a")
     save_packed(packed("llama", seed=1), None, tmp_path / "b")
     (tmp_path / "a.copy").write_bytes((tmp_path / "a/model.safetensors").read_bytes())
     assert not torch.equal(*(load_file(tmp_path / f"{x}/model.safetensors")["model.norm.weight"] for x in "ab"))
     run = subprocess.run(
-        [sys.executable, "-c", KILLER, str(tmp_path / "a"), str(tmp_path / "b")], capture_output=True, text=True, timeout=250
+        [sys.executable, "-c", KILLER, str(tmp_path / "a"), str(tmp_path / "b"), steps], capture_output=True, text=True, timeout=250
     )
     lines = [line.split() for line in run.stdout.splitlines()]
     assert len(lines) > 10, run.stderr

@@ -76,6 +76,14 @@ def test_a_folder_is_all_its_files(tmp_path: Path, tokenizer: PreTrainedTokenize
     assert sorted(one_epoch(folder, tokenizer, tmp_path)) == ["From a line.", "From a row.", "From a text."]
 
 
+def test_halves_of_surrogate_pairs_are_no_characters(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "scraped.jsonl"
+    texts = ["A river\ud83d.", "\ud83d\ude00 \udc00café"]
+    path.write_bytes(lines({"text": texts[0]}, {"text": texts[1]}, {"messages": [{"role": "user", "content": "wide\udfff"}]}))
+    pieces = ["A river\ufffd.", "<|user|>wide\ufffd</s>", "\N{GRINNING FACE} \ufffdcafé"]
+    assert sorted(one_epoch(path, tokenizer, tmp_path), key=len) == sorted(pieces, key=len)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_chats_go_through_the_template(kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = tmp_path / f"chat.{kind}"
@@ -115,6 +123,7 @@ def test_cutting_loses_no_text(parts: list[str]) -> None:
         ("latin.txt", "café".encode("latin-1"), "not UTF-8"),
         ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
         ("array.json", b'[\n{"text": "a"}\n]', "line 1 is not JSON"),
+        ("deep.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 1 is nested too deep"),
         ("numbers.jsonl", b"1\n2\n", "line 1 is not a JSON object"),
         ("fields.jsonl", lines({"question": "a", "answer": "b"}), "its fields: question, answer"),
         ("types.jsonl", lines({"text": 3}), "field 'text' holds int"),

@@ -106,6 +106,13 @@ def test_a_disk_too_small_is_refused_before_it_is_full(tmp_path: Path, monkeypat
     assert not os.listdir(tmp_path / "logits")
 
 
+def test_room_is_taken_when_the_cache_is_made(tmp_path: Path) -> None:
+    cache(tmp_path, windows=64, length=512)
+    for name in ("values.bin", "indices.bin", "filled.bin"):
+        found = (tmp_path / name).stat()
+        assert 512 * found.st_blocks >= found.st_size > 0
+
+
 def test_a_description_that_cannot_be_read_counts_as_none(tmp_path: Path) -> None:
     """As after a kill: the cache is described anew, and what is marked as filled still counts."""
     TopKCache(tmp_path, 3, 4, 2, 64)

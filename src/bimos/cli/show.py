@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bimos.evaluation.formatting import DASH, bits, duration, factor, significant, size
+from bimos.evaluation.formatting import DASH, bits, duration, embedding_change, factor, significant, size
 
 
 def split(names: str | None) -> list[str]:
@@ -73,6 +73,8 @@ def perplexities(out: Console, result: dict[str, Any]) -> None:
     for value in measured.values():
         if value.get("note"):
             out.print(f"note: {value['text']}: {value['note']}")
+    if result.get("embedding"):
+        out.print(embedding_change(result["embedding"]))
 
 
 def tasks(out: Console, result: dict[str, Any]) -> None:

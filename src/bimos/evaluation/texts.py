@@ -95,14 +95,21 @@ def read_documents(path: Path) -> list[str]:
             if not rows or not all(isinstance(row, dict) for row in rows):
                 raise BimosError(f"'{path}' holds no JSON objects; write one object with a 'text' field a line")
             column = _text_column([key for key, value in rows[0].items() if isinstance(value, str)], path)
-            return [str(row.get(column) or "") for row in rows]
+            return [whole_characters(str(row.get(column) or "")) for row in rows]
     except OSError as error:
         raise BimosError(f"cannot read '{path}': {error.strerror or error}") from None
+    except RecursionError:
+        raise BimosError(f"'{path}' is not a readable {kind} file: its objects are nested too deep") from None
     except (ValueError, EOFError, zlib.error) as error:  # not UTF-8, not JSON, not parquet, not a whole gzip file
         raise BimosError(f"'{path}' is not a readable {kind} file: {' '.join(str(error).split())}") from None
     if kind in ("txt", "md", "text", "raw"):
         return [content]
     raise BimosError(f"'{path}': cannot read files of this kind; give .txt, .jsonl or .parquet")
+
+
+def whole_characters(text: str) -> str:
+    """`text`, with U+FFFD for what is no character: JSON can name one half of a surrogate pair, which nothing can write or tokenise."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _text_column(strings: list[str], path: Path) -> str:

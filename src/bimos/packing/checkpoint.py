@@ -17,15 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from huggingface_hub import ModelCardData
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from bimos.errors import BimosError
 from bimos.packing.hf import BimosConfig
-from bimos.packing.sizes import size_report
 
 _CHECKPOINT_SUFFIXES = {".safetensors", ".json", ".bin", ".model", ".jinja"}
 _CHECKPOINT_NAMES = {"README.md", "merges.txt", "vocab.txt", "report.html"}  # what transformers and bimos write besides
@@ -67,6 +63,7 @@ def written_aside(directory: str | Path, overwrite: bool = False) -> Iterator[Pa
     Raises:
         BimosError: see `check_output`; or no space, or no permission. What was there before is untouched.
     """
+    recover(Path(directory).expanduser().resolve())
     path = check_output(directory, overwrite)
     aside = path.parent / f".{path.name}.saving"
     try:
@@ -102,7 +99,7 @@ def save_packed(
         tokenizer: None leaves tokenizer files out.
         directory: written as a whole or not at all.
         overwrite: replace a directory that is not empty.
-        card: facts for the model card (see `model_card`), added to those that the model already carries.
+        card: facts for the model card (see `bimos.packing.card`), added to those that the model already carries.
         max_shard_size: of one safetensors file.
 
     Raises:
@@ -113,70 +110,10 @@ def save_packed(
         raise BimosError(f"{type(model).__name__} is not a packed model; pack it first")
     config.card = {**config.card, **(card or {})}
     with written_aside(directory, overwrite) as aside:
-        model.save_pretrained(aside, max_shard_size=max_shard_size)
+        model.save_pretrained(aside, max_shard_size=max_shard_size)  # with a card
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
-        (aside / "README.md").write_text(model_card(config, size_report(aside)), encoding="utf-8")
     return Path(directory)
-
-
-def model_card(config: BimosConfig, sizes: dict[str, Any]) -> str:
-    """The README of a checkpoint.
-
-    Args:
-        config: whose `card` may have `base_model` (a Hub id or a name), `recipe` and `budget` (text, or names and
-            values), `perplexity` (text name to a number or to names and values), `versions`; anything else is listed.
-        sizes: from `size_report`.
-    """
-    from bimos import __version__
-
-    facts = dict(config.card)
-    base = str(facts.pop("base_model", "") or "")
-    local = not base or Path(base).expanduser().exists() or base.count("/") != 1
-    data = ModelCardData(
-        base_model=None if local else base, base_model_relation=None if local else "quantized",
-        library_name="transformers", pipeline_tag="text-generation", tags=["bimos", "1-bit", *([config.method] if config.method else [])],
-    )  # fmt: skip
-    name = Path(base).name if local else base
-    versions = {"bimos": __version__, "torch": torch.__version__, "transformers": transformers.__version__, **facts.pop("versions", {})}
-    size = {
-        "method": " ".join([config.method, *(f"{key}={value}" for key, value in config.options.items())]),
-        "bits": f"{sizes['body_bits_per_weight']:.3f} per body weight, {sizes['bits_per_parameter']:.3f} per parameter of the whole model",
-        "size": f"{sizes['total_bytes'] / 1e6:.1f} MB, {sizes['compression']:.1f} times smaller than in 16 bits",
-        "embeddings": f"{config.embedding_bits} bits",
-    }
-    sections = [
-        f"---\n{data.to_yaml()}\n---\n\n# {name or 'A model'} in about one bit per weight\n",
-        f"{name or 'A language model'}, binarized with bimos.\n\n" + _table(size),
-        "## Use\n\n```python\nimport bimos  # teaches transformers the format\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")\n```\n',
-        "## Perplexity\n\n" + (_table(facts.pop("perplexity", None)) or "Not measured; run `bimos eval` on this directory.\n"),
-    ]
-    for title in ("recipe", "budget"):
-        if facts.get(title):
-            sections.append(f"## {title.capitalize()}\n\n" + _table(facts.pop(title)))
-    if facts:
-        sections.append("## Also recorded\n\n" + _table(facts))
-    sections.append("## Versions\n\n" + _table(versions))
-    return "\n".join(sections)
-
-
-def _table(values: Any) -> str:
-    if not isinstance(values, dict):
-        return f"{values}\n" if values else ""
-    rows = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{k} {_number(v)}" for k, v in value.items())
-        text = " ".join(_number(value).replace("|", "\\|").split())
-        rows.append(f"| {key} | {text} |")
-    return "\n".join(["| | |", "| --- | --- |", *rows, ""])
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _flush(directory: Path) -> None:
@@ -196,8 +133,8 @@ def _put_in_place(aside: Path, path: Path) -> None:
     elif _exchange(aside, path):
         _discard(aside, path)
     else:
-        # Two steps: a kill between them leaves the old checkpoint complete under the name `.old`.
-        old = path.parent / f"{path.name}.old"
+        # Two steps: a kill between them leaves the old checkpoint complete under this name, until `recover`.
+        old = _replaced(path)
         os.rename(path, old)
         os.rename(aside, path)
         _discard(old, path)
@@ -206,6 +143,20 @@ def _put_in_place(aside: Path, path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def recover(path: Path) -> None:
+    """Finish what a kill left undone where a checkpoint is replaced in two steps: the old one is in its place again, or gone."""
+    old = _replaced(path)
+    if old.is_dir():
+        if path.exists():
+            _discard(old, path)
+        else:
+            os.rename(old, path)
+
+
+def _replaced(path: Path) -> Path:
+    return path.parent / f".{path.name}.replaced"
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -7,11 +7,14 @@ loader fills them. Saving: it adds checksums to the headers. Modules hold buffer
 
 from __future__ import annotations
 
+import functools
 import re
+import types
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -104,6 +107,10 @@ class BimosQuantizer(HfQuantizer):
             check_same_description(checkpoint_files, description_sum(self.quantization_config.__dict__))
         return model
 
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model.save_pretrained = types.MethodType(save_pretrained, model)
+        return model
+
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Checksums of exactly the tensors that `save_pretrained` is about to write."""
         tensors = {name: t for name, t in model.state_dict().items() if name not in (model._keys_to_ignore_on_save or ())}
@@ -124,6 +131,17 @@ class BimosQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+@functools.wraps(PreTrainedModel.save_pretrained)
+def save_pretrained(self: Any, save_directory: Any, is_main_process: bool = True, *arguments: Any, **options: Any) -> None:
+    """`transformers`' own, and a model card, which that has no place for."""
+    from bimos.packing.card import write_card  # which knows this module
+
+    type(self).save_pretrained(self, save_directory, is_main_process, *arguments, **options)
+    config = getattr(self.config, "quantization_config", None)
+    if is_main_process and isinstance(config, BimosConfig):
+        write_card(save_directory, config)
 
 
 def install_packed_modules(model: Any, config: BimosConfig, headers: dict[str, tuple[tuple[int, ...], str]] | None = None) -> None:

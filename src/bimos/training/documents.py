@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from bimos.errors import BimosError
+from bimos.evaluation.texts import whole_characters
 from bimos.training.sources import JSON_SUFFIXES, PARQUET_SUFFIXES, Source, is_of
 from bimos.training.tokencache import Cursor, digest, disk_errors, locked, random_generator, replacing
 
@@ -146,7 +147,7 @@ def row_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str
     """
     text, messages = row.get("text"), row.get("messages")
     if isinstance(text, str):
-        return text
+        return whole_characters(text)
     if text is not None:
         raise BimosError(f"{where}: field 'text' holds {type(text).__name__}, not a string")
     if not messages and ("text" in row or "messages" in row):
@@ -158,7 +159,7 @@ def row_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str
     if tokenizer.chat_template is None:
         raise BimosError(f"{where} holds chat messages, but the model's tokenizer has no chat template; give data with a field 'text'")
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return whole_characters(str(tokenizer.apply_chat_template(messages, tokenize=False)))
     except Exception as error:  # templates raise what they like: jinja2's errors, KeyError, TypeError
         raise BimosError(f"{where}: the tokenizer's chat template refuses the messages: {' '.join(str(error).split())}") from None
 
@@ -194,6 +195,8 @@ def _json_texts(file: IO[str], path: Path, tokenizer: PreTrainedTokenizerBase) -
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise BimosError(f"'{path}' line {number} is not JSON: {error.msg}; give one JSON object a line") from None
+        except RecursionError:
+            raise BimosError(f"'{path}' line {number} is nested too deep; give an object with a field 'text' or 'messages'") from None
         if not isinstance(row, dict):
             raise BimosError(f"'{path}' line {number} is not a JSON object; give one object with a field 'text' or 'messages' a line")
         if (text := row_text(row, tokenizer, f"'{path}' line {number}")) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -75,7 +76,16 @@ class TopKCache:
             aside.replace(about)
 
     def _open(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
-        path = self.directory / name
+        path, size = self.directory / name, math.prod(shape) * dtype.itemsize
+        if hasattr(os, "posix_fallocate"):  # now, and with an error: a page that finds no room later ends the process by a signal
+            is_new = not path.exists()
+            try:
+                with path.open("ab") as file:
+                    os.posix_fallocate(file.fileno(), 0, size)
+            except OSError:
+                if is_new:
+                    path.unlink()  # with what room it got
+                raise
         return np.memmap(path, dtype, "r+" if path.exists() else "w+", shape=shape)
 
     def close(self) -> None:
