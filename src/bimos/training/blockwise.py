@@ -31,7 +31,7 @@ from bimos.training.blockfiles import block_file, finished, is_own, recorded
 from bimos.training.fused import fused
 from bimos.training.initialise import initialise_block
 from bimos.training.mapped import entering_in, release, rest, working_copy
-from bimos.training.memory import given_back, peak_bytes, reset_peak
+from bimos.training.memory import given_back, peak_bytes, reset_peak, trim
 from bimos.training.ondisk import give_back, on_disk
 from bimos.training.pacing import LATE, PASSES, STARTING, TRAINED, Pace, seconds_a_token, sequences_ahead
 from bimos.training.progress import Progress
@@ -133,6 +133,7 @@ def _each_block(
             if config.low_memory:
                 check_finite(stored, f"{prefix}.{index}")
                 release(stored)
+            trim()  # what training the block before has left
             start = time.monotonic()
             left = None if seconds is None else max(0.0, (seconds - worked) / (len(blocks) - index))
             if len(stream) < len(windows) and processes.count * stream.shape[:-1].numel() < TRAINED:

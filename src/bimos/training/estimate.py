@@ -83,6 +83,9 @@ def peak_memory(model: nn.Module, config: RunConfig, processes: int = 1) -> dict
             4 * max(squares * m.in_features**2 + copies * m.weight.numel() for squares, copies in STARTS) + 4 * samples * m.in_features
             for m in linears.values()
         )
+        # A batch in each lane, up to the widest linear: its input as it is and weighted, and six of the stream's vectors, all in float32.
+        widths = [m.in_features for m in linears.values()]
+        starting += (1 if in_turn else LANES) * batch * (4 * (2 * max(widths) + 6 * hidden) + 3 * value * max(widths))
         # What enters or leaves four groups of linears in the teacher, and its stream behind the block.
         vectors = value * hidden * (seen // processes)
         starting += 5 * vectors if not low and 4 * vectors <= KEPT_BYTES else 0

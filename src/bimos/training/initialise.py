@@ -21,6 +21,7 @@ from bimos.methods.base import MethodConfig
 from bimos.processes import ALONE, Processes
 from bimos.training.answers import Answers, Group
 from bimos.training.measuring import Measurement
+from bimos.training.memory import trim
 from bimos.training.streams import BlockCall
 from bimos.training.student import binarize
 
@@ -75,6 +76,7 @@ def initialise_block(
         if group.residual:
             writers.append(group)
         del measured  # not to be held beside the next group's
+        trim()
     unseen = [name for name in names if not any(name in group.names for group in groups)]
     binarize(student, unseen, method, {}, generator)
     _same(student, unseen, processes)

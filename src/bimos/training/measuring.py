@@ -6,6 +6,7 @@ The teacher's answers are the same for every group of linears: made once, where 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -43,6 +44,7 @@ class Measurement:
         self._answers, self._student, self._group, self._writers, self._call = answers, student, group, writers, call
         self._processes = processes
         self._sums = _Sums()
+        self._samples: tuple[Tensor, Tensor]
 
     def run(self, stream: Tensor, size: int, lanes: Lanes, refit: bool = True) -> None:
         """The student's stream `[n, T, d]` through its block, `size` rows at a time; without `refit` there is nothing for that."""
@@ -50,7 +52,10 @@ class Measurement:
         wanted = [*self._writers, group] if group.residual else [group] if refit else []
         theirs, mine = Taps(self._answers.teacher, wanted), Taps(self._student, self._writers, group.names[0])
         rows, count = list(batches(len(stream), size)), lanes.side_by_side
-        samples = max(1, min(SAMPLES, MOST_SAMPLES // len(rows)) // self._processes.count)
+        most = max(1, min(SAMPLES, MOST_SAMPLES // len(rows)) // self._processes.count)
+        shares = [rows[start::count] for start in range(min(count, len(rows)))]
+        linear: Any = self._student.get_submodule(group.names[0])
+        samples = _Samples([part for share in shares for part in share], stream, linear.in_features, most)
 
         def lane(rows: list[slice]) -> _Sums:
             sums = _Sums()
@@ -63,10 +68,11 @@ class Measurement:
             return sums
 
         with theirs, mine:
-            for part in lanes.map(lane, [rows[start::count] for start in range(min(count, len(rows)))]):
+            for part in lanes.map(lane, shares):
                 self._sums.add(part)
         self._sums.gather(self._processes)
         self._sums.finish()
+        self._samples = samples.gathered(self._processes)
         rest(self._answers.teacher)
 
     def _add(
@@ -78,7 +84,7 @@ class Measurement:
         rows: slice,
         stream: Tensor,
         refit: bool,
-        samples: int,
+        samples: _Samples,
     ) -> None:
         group = self._group
         weight = torch.ones(len(x), 1, device=x.device)
@@ -94,13 +100,11 @@ class Measurement:
             targets = {name: answer + error - _bias(self._teacher(name)) for name, answer in given.items()}
         elif refit:
             targets = {group.names[0]: _tokens(answers[group.names[0]])}
-        every = max(1, math.ceil(len(x) / samples))
         sums.moments(weighted, x)
         sums.weight += weight.sum().item()
         for name, target in targets.items() if refit else ():
             sums.products(name, target, weighted)
-        sums.sample.append(x[::every].clone())
-        sums.importance.append(weight[::every, 0].clone())
+        samples.put(rows, x, weight[:, 0])
 
     def _teacher(self, name: str) -> Any:
         return self._answers.teacher.get_submodule(name)
@@ -118,7 +122,7 @@ class Measurement:
 
     def statistics(self) -> InputStatistics:
         gram = self._sums.gram
-        return InputStatistics(gram.diagonal().clone(), self._sums.sample[0], gram, self._sums.importance[0])
+        return InputStatistics(gram.diagonal().clone(), self._samples[0], gram, self._samples[1])
 
 
 @dataclasses.dataclass
@@ -130,14 +134,11 @@ class _Sums:
     Attributes:
         gram: of inputs, weighted, `[in, in]`.
         cross: of what a linear should answer (or what enters it in the teacher) and inputs, weighted, `[out, in]`, by its name.
-        sample: input vectors `[n, in]`, and in `importance` `[n]` their weights.
     """
 
     gram: Any = None
     weight: float = 0.0
     cross: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    sample: list[Tensor] = dataclasses.field(default_factory=list)
-    importance: list[Tensor] = dataclasses.field(default_factory=list)
 
     def moments(self, weighted: Tensor, x: Tensor) -> None:
         """Of `x [tokens, in]`."""
@@ -159,27 +160,55 @@ class _Sums:
             for name, cross in other.cross.items():
                 self.cross[name].add_(cross)
         self.weight += other.weight
-        self.sample += other.sample
-        self.importance += other.importance
 
     def finish(self) -> None:
-        """Means, and samples in one piece each."""
+        """Means."""
         mirror(self.gram).div_(self.weight)
         for cross in self.cross.values():
             cross.div_(self.weight)
-        for parts in (self.sample, self.importance):
-            parts[:] = [torch.cat(parts)]
 
     def gather(self, processes: Processes) -> None:
-        """Those of all processes: samples in the order in which one process would have taken them."""
+        """Those of all processes."""
         if processes.count == 1:
             return
         weight = torch.tensor(self.weight, dtype=torch.float64, device=self.gram.device)
         processes.add([self.gram, weight, *self.cross.values()])
         self.weight = weight.item()
-        for parts in (self.sample, self.importance):
-            gathered = processes.together(torch.stack(parts))  # [process, batch, ...]
-            parts[:] = [batch.flatten(0, 1) for batch in gathered.transpose(0, 1)]
+
+
+class _Samples:
+    """Some input vectors of every batch, `[n, in]`, and their weights `[n]`.
+
+    Room for all of them is taken at once: many small pieces, which stay among what comes and goes, would leave holes in memory.
+
+    Args:
+        parts: rows of `stream [.., T, d]` in each batch, in the order in which samples are to lie.
+        most: vectors of a batch.
+    """
+
+    def __init__(self, parts: list[slice], stream: Tensor, width: int, most: int) -> None:
+        tokens = [stream[part].shape[:-1].numel() for part in parts]
+        self._every = {part.start: max(1, math.ceil(count / most)) for part, count in zip(parts, tokens, strict=True)}
+        counts = [math.ceil(count / self._every[part.start]) for part, count in zip(parts, tokens, strict=True)]
+        ends = list(itertools.accumulate(counts))
+        self._slots = {part.start: slice(end - count, end) for part, end, count in zip(parts, ends, counts, strict=True)}
+        self._values = torch.empty(ends[-1], width, device=stream.device)
+        self._weights = torch.empty(ends[-1], device=stream.device)
+
+    def put(self, part: slice, x: Tensor, weight: Tensor) -> None:
+        """Those of the batch of rows `part`, with inputs `x [tokens, in]` and their weights `[tokens]`."""
+        every, slot = self._every[part.start], self._slots[part.start]
+        self._values[slot] = x[::every]
+        self._weights[slot] = weight[::every]
+
+    def gathered(self, processes: Processes) -> tuple[Tensor, Tensor]:
+        """Those of all processes: in the order in which one process would have taken them."""
+        if processes.count == 1:
+            return self._values, self._weights
+        # Batches have the same size in all of them: [process, batch, ...].
+        pieces = (torch.stack([values[slot] for slot in self._slots.values()]) for values in (self._values, self._weights))
+        values, weights = (processes.together(piece).transpose(0, 1).flatten(0, 2) for piece in pieces)
+        return values, weights
 
 
 def _bias(linear: Any) -> Any:

@@ -45,6 +45,12 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def trim() -> None:
+    """Give back to the system what is free, holes between what is in use too (glibc; elsewhere nothing happens)."""
+    gc.collect()
+    _call("malloc_trim", 0)
+
+
 @contextmanager
 def given_back() -> Iterator[None]:
     """Within it, tensors of a megabyte and more go back to the system when they are freed; so does, at first, what is free by then.
@@ -52,8 +58,7 @@ def given_back() -> Iterator[None]:
     glibc keeps up to 32 MB of an allocation's size for later ones, in each thread's own heap, and what lies below something in use is not
     given back: of matrices of many sizes as much again was held as was in use. Other libraries are left to do as they do.
     """
-    gc.collect()
-    _call("malloc_trim", 0)
+    trim()
     _call("mallopt", _MMAP_THRESHOLD, _OWN_MAPPING)
     _call("mallopt", _TRIM_THRESHOLD, _OWN_MAPPING)
     try:
@@ -77,8 +82,7 @@ def kept() -> Iterator[None]:
     finally:
         _call("mallopt", _MMAP_THRESHOLD, _LARGEST)
         _call("mallopt", _TRIM_THRESHOLD, 2 * _LARGEST)
-        gc.collect()
-        _call("malloc_trim", 0)
+        trim()
 
 
 def _call(name: str, *arguments: int) -> None:
