@@ -204,9 +204,9 @@ def has_experts(model: nn.Module, blocks: nn.Module) -> bool:
     return named or any(parameter.dim() == 3 for parameter in blocks.parameters())
 
 
-def check_finite(module: nn.Module, prefix: str = "") -> None:
-    """Raises BimosError: a parameter of `module`, whose own name is `prefix`, holds NaN or infinity. None on the meta device does."""
-    for name, parameter in module.named_parameters(prefix):
+def check_finite(module: nn.Module, prefix: str) -> None:
+    """Raises BimosError: a parameter of `module` itself, whose name is `prefix`, holds NaN or infinity. None on the meta device does."""
+    for name, parameter in module.named_parameters(prefix, recurse=False):
         if not parameter.is_meta and not parameter.isfinite().all():
             raise BimosError(f"'{name}' of the model holds NaN or infinite values: fetch the model again")
 

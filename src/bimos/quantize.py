@@ -90,7 +90,7 @@ def quantize(
         BimosError: see `run`.
     """
     if are_several():
-        raise BimosError("bimos.quantize works in one process; with several, run `bimos quantize` or bimos.run")
+        raise BimosError("bimos.quantize works in one process; with several, run `bimos quantize`")
     values = {"method": method.name, "options": method.to_dict(), "data": data, **options}
     config = with_budget(RunConfig.from_dict(values, "bimos.quantize"), method)
     if isinstance(model, PreTrainedModel):

@@ -21,6 +21,7 @@ from bimos.models import check_finite, convertible_linears
 from bimos.packing.checkpoint import check_output
 from bimos.packing.embedding import check_embedding
 from bimos.resume import WORK, check_same_run, discard, read_run, remembered, settle
+from bimos.training.mapped import release
 from bimos.training.sources import parse_sources
 
 
@@ -105,8 +106,10 @@ def check_fit(teacher: PreTrainedModel, method: MethodConfig, config: RunConfig)
             method.layout_of(name, linear.in_features, linear.out_features, linear.bias is not None)
         except BimosError as error:
             raise BimosError(f"'{name}': {error}") from None
-    if not config.low_memory:  # which reads a block when its turn has come
-        check_finite(teacher)
+    for name, module in teacher.named_modules():
+        check_finite(module, name)
+        if config.low_memory:
+            release(module)
     if config.embedding_bits == 8:
         check_embedding(teacher.get_input_embeddings())
     limit = maximum_context(teacher)

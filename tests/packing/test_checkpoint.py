@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import errno
+import gc
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,13 +99,35 @@ def test_a_plain_save_has_a_card(packed: Make, tmp_path: Path) -> None:
     assert "per body weight" in (tmp_path / "base/README.md").read_text()
 
 
-def test_a_plain_save_leaves_a_card_alone(packed: Make, tmp_path: Path) -> None:
-    model = packed("llama")
-    save_packed(model, None, tmp_path / "a", card=CARD)
-    before = (tmp_path / "a/README.md").read_text()
-    model.save_pretrained(tmp_path / "a")
-    assert (tmp_path / "a/README.md").read_text() == before
+def test_a_card_is_replaced_and_a_readme_is_not(packed: Make, tmp_path: Path) -> None:
+    save_packed(packed("llama"), None, tmp_path / "a", card=CARD)
+    assert "| wikitext2 |" in (tmp_path / "a/README.md").read_text()
+    packed("llama", experts=1).save_pretrained(tmp_path / "a")
+    text = (tmp_path / "a/README.md").read_text()
+    assert "| wikitext2 |" not in text and "Not measured" in text
+    (tmp_path / "a/README.md").write_text("My own.")
+    packed("llama").save_pretrained(tmp_path / "a")
+    assert (tmp_path / "a/README.md").read_text() == "My own."
     verify(tmp_path / "a")
+
+
+def test_what_cannot_have_a_card_is_saved_all_the_same(packed: Make, tmp_path: Path) -> None:
+    packed("llama").save_pretrained(tmp_path / "a", variant="other")
+    assert (tmp_path / "a/model.other.safetensors").exists() and not (tmp_path / "a/README.md").exists()
+
+
+def test_a_packed_model_ends_with_its_last_reference(packed: Make, tmp_path: Path) -> None:
+    packed("llama").save_pretrained(tmp_path / "a")
+    model = pickle.loads(pickle.dumps(copy.deepcopy(AutoModelForCausalLM.from_pretrained(tmp_path / "a"))))
+    model.save_pretrained(tmp_path / "b")
+    assert (tmp_path / "b/README.md").exists()
+    alive = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_refuses_to_overwrite(packed: Make, tmp_path: Path) -> None:

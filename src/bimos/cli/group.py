@@ -113,7 +113,7 @@ def _is_result(path: Path) -> bool:
         return True
     try:
         known = json.loads(path.read_bytes()) if path.stat().st_size < 2**28 else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(known, dict) and ("bimos" in known or "bimos" in dict(known.get("versions") or {}))
 

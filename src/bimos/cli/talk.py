@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -102,6 +103,8 @@ def chat(
 
 def _replace_bad_bytes() -> None:
     """Of what comes on stdin; a tokenizer takes nothing but Unicode."""
+    if sys.stdin is None:  # closed: nothing comes
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
 

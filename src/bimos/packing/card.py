@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,21 @@ import torch
 import transformers
 from huggingface_hub import ModelCardData
 
+from bimos.errors import BimosError
 from bimos.packing.hf import BimosConfig
 from bimos.packing.sizes import size_report
 
+MARK = "<!-- Written by bimos with every save; without this line the file stays as it is. -->"
+
 
 def write_card(directory: str | Path, config: BimosConfig) -> None:
-    """Write the card of the checkpoint in `directory`, if it has no README of its own."""
+    """Write the card of the checkpoint in `directory`, if it has no README but one of ours. None where files have names of their own."""
     path = Path(directory) / "README.md"
-    if not path.exists():
-        path.write_text(model_card(config, size_report(directory)), encoding="utf-8")
+    if not path.parent.is_dir():  # transformers has said so
+        return
+    with suppress(BimosError):  # the model is saved, which is what was asked for
+        if not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace"):
+            path.write_text(f"{model_card(config, size_report(directory))}\n{MARK}\n", encoding="utf-8")
 
 
 def model_card(config: BimosConfig, sizes: dict[str, Any]) -> str:
@@ -64,7 +71,7 @@ def model_card(config: BimosConfig, sizes: dict[str, Any]) -> str:
 
 
 def _table(values: Any) -> str:
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not values:
         return f"{values}\n" if values else ""
     rows = []
     for key, value in values.items():

@@ -149,10 +149,10 @@ def recover(path: Path) -> None:
     """Finish what a kill left undone where a checkpoint is replaced in two steps: the old one is in its place again, or gone."""
     old = _replaced(path)
     if old.is_dir():
-        if path.exists():
+        if path.exists() and any(path.iterdir()):
             _discard(old, path)
         else:
-            os.rename(old, path)
+            os.rename(old, path)  # an empty directory is replaced too
 
 
 def _replaced(path: Path) -> Path:

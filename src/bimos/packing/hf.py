@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import functools
 import re
-import types
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -108,7 +106,7 @@ class BimosQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        model.save_pretrained = types.MethodType(save_pretrained, model)
+        save_with_cards(type(model))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
@@ -133,15 +131,29 @@ class BimosQuantizer(HfQuantizer):
         return True
 
 
-@functools.wraps(PreTrainedModel.save_pretrained)
-def save_pretrained(self: Any, save_directory: Any, is_main_process: bool = True, *arguments: Any, **options: Any) -> None:
-    """`transformers`' own, and a model card, which that has no place for."""
-    from bimos.packing.card import write_card  # which knows this module
+_WITH_CARDS: set[type] = set()
 
-    type(self).save_pretrained(self, save_directory, is_main_process, *arguments, **options)
-    config = getattr(self.config, "quantization_config", None)
-    if is_main_process and isinstance(config, BimosConfig):
-        write_card(save_directory, config)
+
+def save_with_cards(kind: type) -> None:
+    """Let `kind.save_pretrained` write a model card for packed models, which `transformers` has no place for.
+
+    The class's, not a model's own: one that is bound to a model would keep it alive.
+    """
+    if kind in _WITH_CARDS:
+        return
+    _WITH_CARDS.add(kind)
+    save = kind.save_pretrained  # type: ignore[attr-defined]
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, save_directory: Any, is_main_process: bool = True, *arguments: Any, **options: Any) -> None:
+        from bimos.packing.card import write_card  # which knows this module
+
+        save(self, save_directory, is_main_process, *arguments, **options)
+        config = getattr(self.config, "quantization_config", None)
+        if is_main_process and isinstance(config, BimosConfig):
+            write_card(save_directory, config)
+
+    kind.save_pretrained = save_pretrained  # type: ignore[attr-defined]
 
 
 def install_packed_modules(model: Any, config: BimosConfig, headers: dict[str, tuple[tuple[int, ...], str]] | None = None) -> None:

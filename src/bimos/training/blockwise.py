@@ -25,7 +25,7 @@ from bimos.config import RunConfig, decided
 from bimos.kernels import native
 from bimos.lanes import LANES, Lanes
 from bimos.methods.base import MethodConfig
-from bimos.models import check_finite, convertible_linears, decoder_blocks
+from bimos.models import convertible_linears, decoder_blocks
 from bimos.processes import ALONE, Processes
 from bimos.training.blockfiles import block_file, finished, is_own, recorded
 from bimos.training.fused import fused
@@ -130,9 +130,6 @@ def _each_block(
             advance(block, call, stream, size, stream, lanes)
             advance(trainable, call, student_stream, size, student_stream, lanes)
         else:
-            if config.low_memory:
-                check_finite(stored, f"{prefix}.{index}")
-                release(stored)
             trim()  # what training the block before has left
             start = time.monotonic()
             left = None if seconds is None else max(0.0, (seconds - worked) / (len(blocks) - index))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -79,13 +80,15 @@ class TopKCache:
         path, size = self.directory / name, math.prod(shape) * dtype.itemsize
         if hasattr(os, "posix_fallocate"):  # now, and with an error: a page that finds no room later ends the process by a signal
             is_new = not path.exists()
+            path.touch()
             try:
-                with path.open("ab") as file:
+                with path.open("r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, size)
-            except OSError:
+            except OSError as error:
                 if is_new:
                     path.unlink()  # with what room it got
-                raise
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot
+                    raise
         return np.memmap(path, dtype, "r+" if path.exists() else "w+", shape=shape)
 
     def close(self) -> None:
