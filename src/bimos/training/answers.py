@@ -67,6 +67,11 @@ class Answers:
         with Taps(teacher, groups, whole=True) as taps:
             lanes.map(keep, batches(len(stream), size))
 
+    def forget(self, group: Group) -> None:
+        """What was kept for this group alone is not asked for any more."""
+        for name in group.heard:
+            self._kept.pop(name, None)
+
     def entering(self, rows: slice) -> Tensor:
         """The stream before the block, `[size, T, d]`."""
         return self._stream[rows]

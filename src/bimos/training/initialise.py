@@ -74,7 +74,9 @@ def initialise_block(
         _begin(measured, student, group, method, refit, generator, lanes)
         _same(student, list(group.names), processes)
         if group.residual:
-            writers.append(group)
+            writers.append(group)  # whose answers later ones need
+        else:
+            answers.forget(group)
         del measured  # not to be held beside the next group's
         trim()
     unseen = [name for name in names if not any(name in group.names for group in groups)]
