@@ -30,6 +30,7 @@ from torch._C._profiler import _ExperimentalConfig
 from bimos.config import RunConfig
 from bimos.evaluation.versions import provenance, write_json
 from bimos.kernels import native
+from bimos.memory import kept, peak_bytes, reset_peak
 from bimos.methods import InputStatistics, method_config
 from bimos.models import convertible_linears, decoder_blocks, load_teacher
 from bimos.training.blockwise import reconstruct_blocks
@@ -37,7 +38,6 @@ from bimos.training.budget import Budget
 from bimos.training.data import TokenStream
 from bimos.training.distillation import NumberedWindows
 from bimos.training.endtoend import distill
-from bimos.training.memory import kept, peak_bytes, reset_peak
 from bimos.training.progress import Progress
 from bimos.training.student import trainable_layers, uninitialised_student
 

@@ -34,7 +34,7 @@ CONFIGS = {
     ),
 }
 RUN = (
-    "import sys; from bimos.cli import main; from bimos.training.memory import peak_resident_bytes\n"
+    "import sys; from bimos.cli import main; from bimos.memory import peak_resident_bytes\n"
     "try: main()\n"
     "finally: print('PEAK', peak_resident_bytes(), file=sys.stderr)"
 )

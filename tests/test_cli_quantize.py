@@ -102,7 +102,7 @@ def test_dry_run_of_llama_2_needs_its_config_only(sizes: tuple[int, ...], gigaby
     (directory / "config.json").write_text(json.dumps(values))
     # In a process of its own, which must stay under 1 GB.
     program = "import sys; from bimos.cli import app; app(standalone_mode=False); "
-    program += "from bimos.training.memory import peak_resident_bytes; print(peak_resident_bytes(), file=sys.stderr)"
+    program += "from bimos.memory import peak_resident_bytes; print(peak_resident_bytes(), file=sys.stderr)"
     arguments = ["quantize", str(directory), "--dry-run", "--embedding-bits", "16", "--json", str(tmp_path / "plan.json")]
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

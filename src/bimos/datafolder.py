@@ -1,4 +1,4 @@
-"""Where local texts and evaluation sets lie: for training and evaluation alike."""
+"""Where local texts and evaluation sets lie, and what of them is no text: for training and evaluation alike."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ def data_directory() -> Path | None:
     checkout = Path(__file__).resolve().parents[2]
     beside = checkout.parent / "shared" / "data"
     return beside if beside.is_dir() else None
+
+
+def whole_characters(text: str) -> str:
+    """`text`, with U+FFFD for what is no character: JSON can name one half of a surrogate pair, which nothing can write or tokenise."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

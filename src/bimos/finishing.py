@@ -61,7 +61,7 @@ def finish(
             if key in ("data", "sequence_length", "seed", "initialise", "blocks", "distill", "loss")
         },
         "budget": {stage["name"]: f"{stage['tokens']:,} tokens, {stage['seconds'] / 60:.1f} minutes" for stage in stages},
-        **({"embeddings": embedding_change(change["embedding"]).partition(": ")[2]} if change else {}),
+        **({"embeddings": embedding_change(change["embedding"])} if change else {}),
         "perplexity": {name: {k: v for k, v in found.items() if k not in ("losses", "text")} for name, found in quality.items()},
         "versions": provenance()["versions"],
     }

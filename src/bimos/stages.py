@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from bimos.config import RunConfig
 from bimos.errors import BimosError
 from bimos.evaluation.versions import write_json
+from bimos.memory import kept, peak_bytes, reset_peak
 from bimos.methods import MethodConfig, method_config
 from bimos.processes import ALONE, Processes
 from bimos.resume import check_same_text
@@ -26,7 +27,6 @@ from bimos.training.checkpoints import checkpoints
 from bimos.training.data import TokenStream
 from bimos.training.distillation import NumberedWindows
 from bimos.training.endtoend import distill
-from bimos.training.memory import kept, peak_bytes, reset_peak
 from bimos.training.progress import Progress
 from bimos.training.sources import parse_sources
 from bimos.training.student import load_tensors, load_trained, uninitialised_student

@@ -74,7 +74,7 @@ def perplexities(out: Console, result: dict[str, Any]) -> None:
         if value.get("note"):
             out.print(f"note: {value['text']}: {value['note']}")
     if result.get("embedding"):
-        out.print(embedding_change(result["embedding"]))
+        out.print(f"embeddings in {result['embedding']['bits']} bits: {embedding_change(result['embedding'])}")
 
 
 def tasks(out: Console, result: dict[str, Any]) -> None:

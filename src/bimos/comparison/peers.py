@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from bimos.config import RunConfig
 from bimos.errors import BimosError
 from bimos.evaluation.versions import provenance, write_json
+from bimos.memory import peak_bytes, reset_peak
 from bimos.methods import MethodConfig, StoredTensor, available_methods, method_config
 from bimos.methods.rtn2 import RTN2Config
 from bimos.models import convertible_linears, load_teacher
@@ -36,7 +37,6 @@ from bimos.packing.linear import PackedLinear
 from bimos.packing.pack import pack_model
 from bimos.packing.sizes import size_report
 from bimos.training.data import TokenStream
-from bimos.training.memory import peak_bytes, reset_peak
 
 
 class Codes(NamedTuple):

@@ -58,14 +58,11 @@ def factor(value: Any) -> str:
 
 
 def embedding_change(found: dict[str, Any]) -> str:
-    """What the key `embedding` of a result says, `embeddings in 8 bits: perplexity 212.78 to 212.66 (-0.06 %), first 4 windows`."""
+    """What the key `embedding` of a result says of its bits, `perplexity 212.78 to 212.66 (-0.06 %), first 4 windows`."""
     before, after = found.get("perplexity_16_bits"), found.get("perplexity")
     change = ratio(after, before)
     share = f" ({100 * (change - 1):+.2f} %)" if change else ""
-    return (
-        f"embeddings in {found.get('bits')} bits: perplexity {significant(before, 5)} to {significant(after, 5)}{share}, "
-        f"first {found.get('windows')} windows"
-    )
+    return f"perplexity {significant(before, 5)} to {significant(after, 5)}{share}, first {found.get('windows')} windows"
 
 
 def ratio(numerator: Any, denominator: Any) -> float | None:

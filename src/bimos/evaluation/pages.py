@@ -23,7 +23,8 @@ def render(template: Path, **values: Any) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {name: getattr(formatting, name) for name in ("significant", "bits", "count", "size", "duration", "factor")}
+    names = ("significant", "bits", "count", "size", "duration", "factor", "embedding_change")
+    environment.filters |= {name: getattr(formatting, name) for name in names}
     return environment.get_template(template.name).render(**values)
 
 

@@ -36,7 +36,7 @@ def render_report(result: dict[str, Any]) -> str:
         figures=_figures(result),
         sizes=_sizes(result),
         perplexities=_perplexities(result),
-        embedding=formatting.embedding_change(result["embedding"]) if isinstance(result.get("embedding"), dict) else "",
+        embedding=result["embedding"] if isinstance(result.get("embedding"), dict) else None,
         tasks=[(name, scores) for name, scores in (result.get("tasks") or {}).items() if isinstance(scores, dict)],
         stages=_stages(result),
         samples=[sample for sample in result.get("samples") or [] if isinstance(sample, dict)],

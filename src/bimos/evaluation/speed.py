@@ -23,10 +23,10 @@ from bimos.evaluation.bandwidth import Bandwidth
 from bimos.evaluation.perplexity import maximum_context
 from bimos.evaluation.runners import EngineRunner, Runner, TransformersRunner, stopwatch
 from bimos.kernels import native
+from bimos.memory import peak_resident_bytes
 from bimos.models import has_experts, load_model
 from bimos.packing.embedding import Int8Embedding
 from bimos.packing.linear import set_activation
-from bimos.training.memory import peak_resident_bytes
 
 
 @dataclasses.dataclass(frozen=True)

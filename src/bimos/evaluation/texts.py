@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bimos.datafolder import data_directory
+from bimos.datafolder import data_directory, whole_characters
 from bimos.errors import BimosError
 
 C4_DOCUMENTS = 1_100
@@ -105,11 +105,6 @@ def read_documents(path: Path) -> list[str]:
     if kind in ("txt", "md", "text", "raw"):
         return [content]
     raise BimosError(f"'{path}': cannot read files of this kind; give .txt, .jsonl or .parquet")
-
-
-def whole_characters(text: str) -> str:
-    """`text`, with U+FFFD for what is no character: JSON can name one half of a surrogate pair, which nothing can write or tokenise."""
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _text_column(strings: list[str], path: Path) -> str:

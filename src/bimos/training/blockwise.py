@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from bimos.config import RunConfig, decided
 from bimos.kernels import native
 from bimos.lanes import LANES, Lanes
+from bimos.memory import given_back, peak_bytes, reset_peak, trim
 from bimos.methods.base import MethodConfig
 from bimos.models import convertible_linears, decoder_blocks
 from bimos.processes import ALONE, Processes
@@ -31,7 +32,6 @@ from bimos.training.blockfiles import block_file, finished, is_own, recorded
 from bimos.training.fused import fused
 from bimos.training.initialise import initialise_block
 from bimos.training.mapped import entering_in, release, rest, working_copy
-from bimos.training.memory import given_back, peak_bytes, reset_peak, trim
 from bimos.training.ondisk import give_back, on_disk
 from bimos.training.pacing import LATE, PASSES, STARTING, TRAINED, Pace, seconds_a_token, sequences_ahead
 from bimos.training.progress import Progress

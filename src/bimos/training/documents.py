@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
+from bimos.datafolder import whole_characters
 from bimos.errors import BimosError
-from bimos.evaluation.texts import whole_characters
 from bimos.training.sources import JSON_SUFFIXES, PARQUET_SUFFIXES, Source, is_of
 from bimos.training.tokencache import Cursor, digest, disk_errors, locked, random_generator, replacing
 

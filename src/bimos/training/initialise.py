@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from bimos.config import InitialiseConfig, decided
 from bimos.lanes import Lanes
+from bimos.memory import trim
 from bimos.methods.base import MethodConfig
 from bimos.processes import ALONE, Processes
 from bimos.training.answers import Answers, Group
 from bimos.training.measuring import Measurement
-from bimos.training.memory import trim
 from bimos.training.streams import BlockCall
 from bimos.training.student import binarize
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
-from bimos.training.memory import peak_bytes
+from bimos.memory import peak_bytes
 
 
 class Progress:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bimos.training.memory import given_back
+from bimos.memory import given_back
 
 
 def anonymous() -> int:
@@ -35,7 +35,7 @@ def test_large_tensors_go_back_at_once() -> None:
 STEPS = """
 import resource, torch
 from pathlib import Path
-from bimos.training.memory import kept
+from bimos.memory import kept
 
 def resident():
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
@@ -66,7 +66,7 @@ def test_steps_find_their_memory_again_and_the_last_gives_it_back() -> None:
 
 
 def test_a_peak_is_of_the_process_alone_not_of_the_one_that_started_it() -> None:
-    program = "from bimos.training.memory import peak_resident_bytes; print(peak_resident_bytes())"
+    program = "from bimos.memory import peak_resident_bytes; print(peak_resident_bytes())"
     parent = f"import subprocess, sys; b'x' * (1 << 30); subprocess.run([sys.executable, '-c', {program!r}], check=True)"
     done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
     assert 100e6 < int(done.stdout) < 1e9
