@@ -41,5 +41,5 @@ def test_it_waits_until_the_trigger_is_whole(tmp_path: Path, code: str, expected
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     command = [sys.executable, "-S", "-c", f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{code}"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert run.stdout.split() == expected, run.stdout + run.stderr
