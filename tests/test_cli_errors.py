@@ -64,6 +64,18 @@ def test_models_of_other_kinds(tmp_path: Path, quantized: Path, teacher_director
     shutil.copytree(quantized, broken)
     (broken / "tokenizer.json").write_text((quantized / "tokenizer.json").read_text()[:1000])
     assert_refused(run("generate", broken, "--prompt", "x"), "broken")
+    shutil.copytree(teacher_directory, broken, dirs_exist_ok=True)
+    for file in broken.glob("*token*"):
+        file.unlink()
+    assert_refused(run("eval", broken, "--ppl", "wikitext2"), "tokenizer is missing", "fetch tokenizer.json")
+
+
+def test_a_model_whose_scores_are_no_numbers(tmp_path: Path, teacher_directory: Path) -> None:
+    broken = shutil.copytree(teacher_directory, tmp_path / "broken")
+    model = LlamaForCausalLM.from_pretrained(broken)
+    model.lm_head.weight.data[:] = float("nan")
+    model.save_pretrained(broken)
+    assert_refused(run("generate", broken, "--prompt", "x"), "NaN", "fetch the model again")
 
 
 @pytest.mark.parametrize("seed", ["-1", str(2**32)])
@@ -303,11 +315,20 @@ def replace_perplexity(monkeypatch: pytest.MonkeyPatch, error: BaseException) ->
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: No space left on device (os error 28)")]
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "some/file"),
+        RuntimeError("some/file: I/O error: No space left on device (os error 28)"),
+    ],
 )
-def test_a_full_disk_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch, teacher_directory: Path, text_file: Path) -> None:
+def test_a_full_disk_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, teacher_directory: Path, text_file: Path, tmp_path: Path
+) -> None:
     replace_perplexity(monkeypatch, error)
-    assert_refused(run("eval", teacher_directory, "--ppl", text_file), "no space left")
+    assert_refused(run("eval", teacher_directory, "--ppl", text_file), "no space left", "run again")
+    monkeypatch.setattr("bimos.finishing.save_packed", raising(error))
+    named = ["('some/file')"] if isinstance(error, OSError) else []
+    assert_refused(run(*quantize(teacher_directory, tmp_path / "out", text_file)), "no space left", "--resume", *named)
 
 
 def test_an_interruption_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, teacher_directory: Path, text_file: Path) -> None:

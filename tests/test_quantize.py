@@ -283,6 +283,17 @@ def test_a_run_is_repeatable(teacher_directory: Path, text_file: Path, tmp_path:
     assert not all(torch.equal(tensor, c[key]) for key, tensor in a.items())
 
 
+def test_the_python_api_makes_what_the_command_makes(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    wanted = config(text_file, tokens=256)
+    run(teacher_directory, tmp_path / "command", wanted)
+    options = {key: value for key, value in wanted.to_dict().items() if key not in ("method", "options", "data")}
+    packed = module.quantize(teacher_directory, method_config(wanted.method, wanted.options), data=str(text_file), **options)
+    packed.save_pretrained(tmp_path / "api")
+    a, b = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("command", "api"))
+    assert a.keys() == b.keys() and all(torch.equal(tensor, b[key]) for key, tensor in a.items())
+    assert teacher_directory.name in (tmp_path / "api" / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_budget_of_minutes_ends(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
     result = run(teacher_directory, tmp_path / "out", config(text_file, minutes=0.05, blocks={"epochs": 10**6}))
     assert result["seconds"] >= 1.0 and result["config"]["minutes"] == 0.05

@@ -6,7 +6,6 @@ import errno
 
 # What libraries in other languages say; the last two are of torch.save, behind a write that failed.
 _IN_WORDS = ("No space left on device", "iostream error", "unexpected pos")
-DISK_FULL = "no space left on the device: make room and run again; what was saved before is intact"
 
 
 class BimosError(Exception):
@@ -25,3 +24,16 @@ def disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def no_space(error: BaseException | None = None, again: str = "run again") -> str:
+    """The line of a full disk. Names the file, where one of the errors does.
+
+    Args:
+        again: how to go on, once there is room.
+    """
+    place = ""
+    while error is not None and not place:
+        place = f" ('{error.filename}')" if isinstance(error, OSError) and error.filename else ""
+        error = error.__cause__ or error.__context__
+    return f"no space left on the device{place}: make room and {again}; what was saved before is intact"

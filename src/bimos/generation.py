@@ -204,5 +204,10 @@ def _generate(model: Any, tokenizer: Any, tokens: Tensor, sampling: Sampling, on
         on_text(text)
 
     arguments = sampling.arguments() | {"pad_token_id": padding, "attention_mask": torch.ones_like(tokens)}
-    model.generate(tokens, streamer=Streamer(tokenizer, collect), **arguments)
+    try:
+        model.generate(tokens, streamer=Streamer(tokenizer, collect), **arguments)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise BimosError("the model's scores are NaN or infinite, there is nothing to choose from: fetch the model again") from None
     return "".join(pieces)

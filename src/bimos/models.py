@@ -73,7 +73,11 @@ def load_tokenizer(model: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, **extra)
     except Exception as error:  # the tokenizers library raises bare exceptions
-        raise _explain(model, error) from None
+        explained = _explain(model, error)
+        if not Path(source).is_dir():
+            raise explained from None
+        mend = "fetch tokenizer.json and tokenizer_config.json of the original model" if not extra else "fetch the file again"
+        raise BimosError(f"the tokenizer is missing or damaged: {explained}; {mend}") from None
 
 
 def load_model(model: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:

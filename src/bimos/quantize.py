@@ -116,7 +116,9 @@ def quantize(
             student, _ = train(teacher, tokenizer, config, Path(work), console, device=place)
     finally:
         teacher.train(was_training)
-    packed = pack_model(student.cpu(), method=config.method, options=method.to_dict(), embedding_bits=config.embedding_bits, dtype=dtype)
+    card = {"base_model": name} if (name := str(model if not isinstance(model, PreTrainedModel) else model.name_or_path)) else None
+    bits, known = config.embedding_bits, method.to_dict()
+    packed = pack_model(student.cpu(), method=config.method, options=known, embedding_bits=bits, dtype=dtype, card=card)
     return packed.to(place)  # type: ignore[arg-type]
 
 

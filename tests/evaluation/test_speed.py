@@ -98,6 +98,15 @@ def test_what_a_step_reads(packed: Packed, dense: Callable[..., PreTrainedModel]
     assert bytes_read(tied) == 101 * 34 + planes + rest
 
 
+@pytest.mark.parametrize(("tokens", "prompts"), [(4, [16]), (60, None)])
+def test_the_usual_prompts_as_far_as_the_model_has_room(dense_directory: Path, tokens: int, prompts: list[int] | None) -> None:
+    result = run(dense_directory, "--batch", 1, "--tokens", tokens, "--repeats", 1, "--json", "-")
+    if prompts is None:
+        assert result.exit_code == 2 and "--prompt 16 and --tokens 60 take 77 positions: the model has 64" in result.stderr
+    else:
+        assert [row["prompt"] for row in json.loads(result.stdout)["runs"]] == prompts
+
+
 def test_experts_are_not_counted_as_read(monkeypatch: pytest.MonkeyPatch, dense_directory: Path) -> None:
     monkeypatch.setattr("bimos.evaluation.speed.has_experts", lambda *_: True)
     result = run(dense_directory, "--prompt", 3, "--batch", 1, "--tokens", 2, "--repeats", 1, "--json", "-")

@@ -9,7 +9,7 @@ from bimos.analysis import figures
 from bimos.analysis.experts import by_experts
 from bimos.analysis.routing import Routing, observe, read_text, routed_linears
 from bimos.comparison.run import read
-from bimos.errors import DISK_FULL, BimosError, disk_full
+from bimos.errors import BimosError, disk_full, no_space
 from bimos.evaluation.pages import origin, picture, render
 from bimos.evaluation.versions import provenance, write_bytes, write_json, write_text
 from bimos.models import load_model, load_tokenizer
@@ -76,7 +76,7 @@ def inspect(
         write_json(output / "inspect.json", result)
         write_text(output / "index.html", _page(result, drawn))
     except OSError as error:
-        reason = DISK_FULL if disk_full(error) else f"{error.strerror}; name another output directory"
+        reason = no_space() if disk_full(error) else f"{error.strerror}; name another output directory"
         raise BimosError(f"cannot write to '{output}': {reason}") from None
     return result
 

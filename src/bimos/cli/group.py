@@ -15,11 +15,11 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from bimos.errors import DISK_FULL, BimosError, disk_full
+from bimos.errors import BimosError, disk_full, no_space
 
 UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")  # of the click that typer brings
 
-CONTINUE = {"quantize": "; run again with --resume", "demo": "; run again to continue", "compare": "; run again to continue"}
+CONTINUE = {"quantize": "run again with --resume", "demo": "run again to continue", "compare": "run again to continue"}
 
 
 class Commands(TyperGroup):
@@ -42,11 +42,12 @@ class Commands(TyperGroup):
         except UsageError as error:
             raise _misused(error) from error
         except KeyboardInterrupt as error:
-            print(f"\ninterrupted{CONTINUE.get(ctx.invoked_subcommand, '')}", file=sys.stderr)
+            how = CONTINUE.get(ctx.invoked_subcommand)
+            print("\ninterrupted" + (f"; {how}" if how else ""), file=sys.stderr)
             raise typer.Exit(130) from error
         except Exception as error:
             if disk_full(error):
-                raise _fail(DISK_FULL) from error
+                raise _fail(no_space(error, CONTINUE.get(ctx.invoked_subcommand, "run again"))) from error
             raise
 
 

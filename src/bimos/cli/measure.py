@@ -88,7 +88,9 @@ def evaluate(
 
 def bench(
     model: Model,
-    prompt: Annotated[str, typer.Option(metavar="N,N", help="Lengths of the prompts in tokens, with commas.")] = "16,128,512",
+    prompt: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Lengths of the prompts in tokens; 16,128,512 as far as they fit.", show_default=False)
+    ] = None,
     batch: Annotated[str, typer.Option(metavar="N,N", help="Sequences decoded side by side, with commas.")] = "1,8",
     tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to decode behind each prompt.")] = 64,
     repeats: Annotated[int, typer.Option(metavar="N", help="Rounds; figures are medians over them.")] = 5,
@@ -112,7 +114,7 @@ def bench(
 
     check_options(head_bits, cache_bits, activation)
     options = {"head_bits": head_bits, "cache_bits": cache_bits, "activation": activation}
-    runs = Runs(_numbers("prompt", prompt), _numbers("batch", batch), tokens, repeats, threads)
+    runs = Runs(None if prompt is None else _numbers("prompt", prompt), _numbers("batch", batch), tokens, repeats, threads)
     out = console(json)
     with Progress(console=out, transient=True, disable=not out.is_terminal) as bars:
         bar = bars.add_task("runs")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,8 @@ from bimos.models import has_experts, load_model
 from bimos.packing.embedding import Int8Embedding
 from bimos.packing.linear import set_activation
 
+USUAL_PROMPTS = (16, 128, 512)
+
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
@@ -37,14 +40,15 @@ class Runs:
         BimosError: a value that is not positive, or more threads than can be.
     """
 
-    prompts: tuple[int, ...] = (16, 128, 512)  # tokens
+    prompts: tuple[int, ...] | None = None  # tokens; None: 16, 128 and 512, as far as the model has room
     batches: tuple[int, ...] = (1, 8)  # sequences side by side
     tokens: int = 64  # decoded behind each prompt
     repeats: int = 5
     threads: int | None = None  # None: as many as torch takes
 
     def __post_init__(self) -> None:
-        values = {"prompt": self.prompts, "batch": self.batches, "tokens": (self.tokens,), "repeats": (self.repeats,)}
+        prompts = USUAL_PROMPTS if self.prompts is None else self.prompts
+        values = {"prompt": prompts, "batch": self.batches, "tokens": (self.tokens,), "repeats": (self.repeats,)}
         for name, given in values.items():
             if not given or min(given) < 1:
                 raise BimosError(f"--{name} {','.join(map(str, given))}: must be at least 1")
@@ -71,7 +75,12 @@ def measure(
     """
     before, torch_threads = psutil.Process().memory_info().rss, torch.get_num_threads()
     model = load_model(source)
-    longest, limit = max(runs.prompts) + runs.tokens + 1, maximum_context(model)
+    limit = maximum_context(model)
+    if runs.prompts is None:
+        room = math.inf if limit is None else limit - runs.tokens - 1
+        runs = dataclasses.replace(runs, prompts=tuple(length for length in USUAL_PROMPTS if length <= room) or USUAL_PROMPTS[:1])
+    assert runs.prompts is not None
+    longest = max(runs.prompts) + runs.tokens + 1
     if limit is not None and longest > limit:
         raise BimosError(f"--prompt {max(runs.prompts)} and --tokens {runs.tokens} take {longest} positions: the model has {limit}")
     config, why = model.config.get_text_config(), refusal(model)
@@ -124,7 +133,7 @@ class _Rounds:
     def __init__(self, runner: Runner, runs: Runs, vocabulary: int, progress: Callable[[int, int], None] | None) -> None:
         self.runner, self.runs, self.vocabulary, self.progress = runner, runs, vocabulary, progress
         self.generator = torch.Generator().manual_seed(0)
-        self.kinds = list(itertools.product(runs.prompts, runs.batches))
+        self.kinds = list(itertools.product(runs.prompts or USUAL_PROMPTS, runs.batches))
         self.done = 0
         self.forget()
 
@@ -146,8 +155,9 @@ class _Rounds:
         """Seconds of a step of one sequence behind the shortest prompt, by part (`Engine.spent`)."""
         assert isinstance(self.runner, EngineRunner)
         engine, tokens = self.runner.engine, 4 * self.runs.tokens
-        tokens = max(1, min(tokens, engine.config.max_position_embeddings - min(self.runs.prompts) - 1))
-        ids = torch.randint(self.vocabulary, (1, min(self.runs.prompts)), generator=self.generator).tolist()
+        shortest = min(prompt for prompt, _ in self.kinds)
+        tokens = max(1, min(tokens, engine.config.max_position_embeddings - shortest - 1))
+        ids = torch.randint(self.vocabulary, (1, shortest), generator=self.generator).tolist()
         steps = self.runner.steps(ids, tokens + 1)
         next(steps)
         engine.spent(go_on=True)
