@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bimos import stages
 from bimos.config import DEFAULT_MINUTES, LossConfig, RunConfig
+from bimos.errors import BimosError
 from bimos.evaluation.perplexity import perplexity
 from bimos.evaluation.texts import load_text
 from bimos.methods import method_config
@@ -331,6 +332,14 @@ def test_logits_from_the_cache(teacher_directory: Path, text_file: Path, tmp_pat
     live, cached = (result["stages"][1] for result in results.values())
     assert cached["loss_first"] == pytest.approx(live["loss_first"], rel=0.02)
     assert cached["loss_last"] == pytest.approx(live["loss_last"], rel=0.05)
+
+
+def test_a_cache_that_finds_no_room_is_told_before_the_work(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    wanted = config(text_file, tokens=256, distill={"teacher": "cached", "distinct_tokens": 10**13})
+    wanted.tokens = 10**13
+    with pytest.raises(BimosError, match=r"the logit cache needs .* GiB"):
+        run(teacher_directory, tmp_path / "out", wanted)
+    assert not list((tmp_path / "out" / WORK).glob("blocks/*"))
 
 
 def test_losses_go_to_tensorboard(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:

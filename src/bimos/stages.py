@@ -76,6 +76,8 @@ def train(
         seconds = None
         if total is not None and config.blocks.enabled:
             seconds = total * config.blocks.share if config.distill.enabled else max(1.0, total - overhead)
+        count, distinct = _windows_of_distillation(config)
+        cache = _logit_cache(work / "logits", distinct or count, teacher, config, processes)  # takes its room before the work, not after it
         report = reconstruct_blocks(teacher, windows, method, config, work / "blocks", progress, seconds, processes, device)
         student = uninitialised_student(teacher, method, config.skip)
         load_blocks(student, work / "blocks")
@@ -85,16 +87,6 @@ def train(
             # Whichever is more: blocks of an earlier process, or what this one has also done between the stages.
             spent = processes.agreed(max(report["seconds"] + overhead, time.monotonic() - started))
             budget = Budget(tokens=config.tokens) if total is None else Budget(seconds=_limit(work, max(1.0, total - spent), processes))
-            steps = config.distill.batch_size * config.distill.accumulate
-            count = ENDLESS if config.tokens is None else _whole_batches(-(-config.tokens // length), steps)
-            again = config.distill.distinct_tokens
-            distinct = None if again is None else _whole_batches(-(-again // length), steps)
-            cache = None
-            if config.distill.teacher == "cached":
-                vocabulary = teacher.config.get_text_config().vocab_size
-                shape = distinct or count, length, min(config.distill.top_k, vocabulary), vocabulary
-                processes.first(lambda: TopKCache(work / "logits", *shape).close())  # made by one; opened by all
-                cache = TopKCache(work / "logits", *shape)
             data = NumberedWindows(stream.as_dataset(calibration, count), count, distinct, config.seed)
             options = config.distill
             if any(source.kind == "self" for source in parse_sources(config.data)):
@@ -104,6 +96,23 @@ def train(
                 report = distill(*given, processes)
             stages.append({**report, "peak_memory_bytes": peak_bytes()})
     return student, stages  # type: ignore[return-value]
+
+
+def _windows_of_distillation(config: RunConfig) -> tuple[int, int | None]:
+    """How many windows are seen, and how many of them differ (None: all)."""
+    length, steps = config.sequence_length, config.distill.batch_size * config.distill.accumulate
+    count = ENDLESS if config.tokens is None else _whole_batches(-(-config.tokens // length), steps)
+    again = config.distill.distinct_tokens
+    return count, None if again is None else _whole_batches(-(-again // length), steps)
+
+
+def _logit_cache(directory: Path, windows: int, teacher: PreTrainedModel, config: RunConfig, processes: Processes) -> TopKCache | None:
+    if not config.distill.enabled or config.distill.teacher != "cached":
+        return None
+    vocabulary = teacher.config.get_text_config().vocab_size
+    shape = windows, config.sequence_length, min(config.distill.top_k, vocabulary), vocabulary
+    processes.first(lambda: TopKCache(directory, *shape).close())  # made by one; opened by all
+    return TopKCache(directory, *shape)
 
 
 def gathered(teacher: PreTrainedModel, method: MethodConfig, config: RunConfig, work: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
