@@ -113,8 +113,8 @@ def test_local_files_of_every_kind(tmp_path):
         ("none.jsonl", b'{"a": "x", "b": "y"}\n', "no column 'text'"),
         ("bad.parquet", b"PAR1 not really", "not a readable parquet"),
         ("bad.jsonl.gz", b"not gzip", "cannot read"),
-        ("half.jsonl.gz", gzip.compress(b'{"text": "a line"}\n' * 99)[:-12], "not a readable jsonl"),
-        ("flipped.jsonl.gz", gzip.compress(b"abc" * 99)[:12] + b"\xff" * 20, "not a readable jsonl"),
+        ("half.jsonl.gz", gzip.compress(b'{"text": "a line"}\n' * 99, mtime=0)[:-12], "not a readable jsonl"),
+        ("flipped.jsonl.gz", gzip.compress(b"abc" * 99, mtime=0)[:12] + b"\xff" * 20, "not a readable jsonl"),
         ("picture.png", b"1234", "cannot read files of this kind"),
     ],
 )
