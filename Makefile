@@ -55,7 +55,7 @@ demo: $(VENV)/.installed  ## a real model to one bit and back to text, within 25
 	$(BIN)/bimos demo -o build/demo
 
 test: lint typecheck  ## ruff, mypy and the tests
-	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/pytest --numprocesses $$(nproc 2>/dev/null || echo auto) --maxprocesses 8 --dist loadfile
 
 lint: $(VENV)/.installed-dev  ## ruff
 	$(BIN)/ruff check .

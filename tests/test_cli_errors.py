@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from bimos.errors import no_space
 from commands import assert_refused, quantize, run
 
 TINY = {
@@ -64,18 +65,24 @@ def test_models_of_other_kinds(tmp_path: Path, quantized: Path, teacher_director
     shutil.copytree(quantized, broken)
     (broken / "tokenizer.json").write_text((quantized / "tokenizer.json").read_text()[:1000])
     assert_refused(run("generate", broken, "--prompt", "x"), "broken")
-    shutil.copytree(teacher_directory, broken, dirs_exist_ok=True)
-    for file in broken.glob("*token*"):
+
+
+def test_models_without_a_tokenizer(tmp_path: Path, teacher_directory: Path, text_file: Path) -> None:
+    bare = shutil.copytree(teacher_directory, tmp_path / "bare")
+    (bare / "tokenizer.json").write_text("{")
+    assert_refused(run("eval", bare, "--ppl", text_file), "cannot load the tokenizer of", "bare")
+    for file in bare.glob("*token*"):
         file.unlink()
-    assert_refused(run("eval", broken, "--ppl", "wikitext2"), "tokenizer is missing", "fetch tokenizer.json")
+    assert_refused(run("eval", bare, "--ppl", text_file), "has no tokenizer", "copy tokenizer.json")
 
 
-def test_a_model_whose_scores_are_no_numbers(tmp_path: Path, teacher_directory: Path) -> None:
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_a_model_whose_scores_are_no_numbers(tmp_path: Path, teacher_directory: Path, temperature: float) -> None:
     broken = shutil.copytree(teacher_directory, tmp_path / "broken")
     model = LlamaForCausalLM.from_pretrained(broken)
     model.lm_head.weight.data[:] = float("nan")
     model.save_pretrained(broken)
-    assert_refused(run("generate", broken, "--prompt", "x"), "NaN", "fetch the model again")
+    assert_refused(run("generate", broken, "--prompt", "x", "--temperature", temperature), "NaN", "fetch the model again")
 
 
 @pytest.mark.parametrize("seed", ["-1", str(2**32)])
@@ -327,8 +334,18 @@ def test_a_full_disk_is_one_line(
     replace_perplexity(monkeypatch, error)
     assert_refused(run("eval", teacher_directory, "--ppl", text_file), "no space left", "run again")
     monkeypatch.setattr("bimos.finishing.save_packed", raising(error))
-    named = ["('some/file')"] if isinstance(error, OSError) else []
-    assert_refused(run(*quantize(teacher_directory, tmp_path / "out", text_file)), "no space left", "--resume", *named)
+    result = run(*quantize(teacher_directory, tmp_path / "out", text_file))
+    assert_refused(result, "no space left", "--resume")
+    assert ("the device ('some/file'):" in result.stderr) == isinstance(error, OSError)
+
+
+def test_the_file_that_found_no_room_is_named() -> None:
+    copy = OSError(errno.ENOSPC, "No space left on device", "from", None, "to")
+    assert "('to')" in no_space(copy)
+    assert "('7')" not in no_space(OSError(errno.ENOSPC, "No space left on device", 7))
+    unnamed = OSError(errno.ENOSPC, "No space left on device")
+    unnamed.__context__ = FileNotFoundError(errno.ENOENT, "No such file", "another")
+    assert "another" not in no_space(unnamed)
 
 
 def test_an_interruption_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, teacher_directory: Path, text_file: Path) -> None:

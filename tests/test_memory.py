@@ -23,7 +23,9 @@ def anonymous():  # bytes of this process that belong to no file
 
 def numbers(program: str) -> list[int]:
     """What a program prints in a process of its own: the heap of the tests holds what earlier ones left, and threads of theirs go on."""
-    return [*map(int, subprocess.run([sys.executable, "-c", HEAP + program], check=True, capture_output=True, text=True).stdout.split())]
+    done = subprocess.run([sys.executable, "-c", HEAP + program], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    return [*map(int, done.stdout.split())]
 
 
 def test_large_tensors_go_back_at_once() -> None:

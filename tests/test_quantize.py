@@ -293,6 +293,10 @@ def test_the_python_api_makes_what_the_command_makes(teacher_directory: Path, te
     a, b = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("command", "api"))
     assert a.keys() == b.keys() and all(torch.equal(tensor, b[key]) for key, tensor in a.items())
     assert teacher_directory.name in (tmp_path / "api" / "README.md").read_text(encoding="utf-8")
+    model = load_to_measure(teacher_directory)
+    model.name_or_path = model.config._name_or_path = ""
+    with pytest.raises(BimosError, match="has no name to find a tokenizer under"):
+        module.quantize(model, method_config("sign"), data=str(text_file))
 
 
 def test_a_budget_of_minutes_ends(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
@@ -335,11 +339,27 @@ def test_logits_from_the_cache(teacher_directory: Path, text_file: Path, tmp_pat
 
 
 def test_a_cache_that_finds_no_room_is_told_before_the_work(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
-    wanted = config(text_file, tokens=256, distill={"teacher": "cached", "distinct_tokens": 10**13})
-    wanted.tokens = 10**13
+    wanted = config(text_file, tokens=10**13, distill={"teacher": "cached", "distinct_tokens": 10**13})
     with pytest.raises(BimosError, match=r"the logit cache needs .* GiB"):
         run(teacher_directory, tmp_path / "out", wanted)
-    assert not list((tmp_path / "out" / WORK).glob("blocks/*"))
+    work = tmp_path / "out" / WORK
+    assert (work / "run.json").exists() and not list(work.glob("blocks/*"))
+    run(teacher_directory, tmp_path / "few", dataclasses.replace(wanted, tokens=64))  # no more windows than are seen
+
+
+@pytest.mark.parametrize("changed", [{"teacher": "cached", "distinct_tokens": 256}, {"teacher": "live"}])
+def test_a_cache_of_options_that_have_changed_makes_room(
+    changed: dict[str, Any], teacher_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = {"teacher": "cached", "distinct_tokens": 128}
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "distill", raising(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run(teacher_directory, tmp_path / "out", config(text_file, tokens=256, distill=cached))
+    logits, seen = tmp_path / "out" / WORK / "logits", []
+    monkeypatch.setattr(module, "finish", lambda *_: seen.extend(logits.glob("cache.json")) or {})
+    run(teacher_directory, tmp_path / "out", config(text_file, tokens=256, distill=changed), resume=True)
+    assert [json.loads(path.read_text())["windows"] for path in seen] == ([8] if changed["teacher"] == "cached" else [])
 
 
 def test_losses_go_to_tensorboard(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What libraries in other languages say; the last two are of torch.save, behind a write that failed.
 _IN_WORDS = ("No space left on device", "iostream error", "unexpected pos")
 
@@ -18,7 +19,7 @@ class BimosError(Exception):
 def disk_full(error: BaseException | None) -> bool:
     """Whether the disk is full; also where a library in another language reports it in words, or where it is another error's cause."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in _FULL:
             return True
         if any(words in str(error) for words in _IN_WORDS):
             return True
@@ -27,13 +28,15 @@ def disk_full(error: BaseException | None) -> bool:
 
 
 def no_space(error: BaseException | None = None, again: str = "run again") -> str:
-    """The line of a full disk. Names the file, where one of the errors does.
+    """The line of a full disk. Names the file, where the error of the system does.
 
     Args:
         again: how to go on, once there is room.
     """
     place = ""
     while error is not None and not place:
-        place = f" ('{error.filename}')" if isinstance(error, OSError) and error.filename else ""
+        if isinstance(error, OSError) and error.errno in _FULL:
+            name = error.filename2 or error.filename  # a copy names what it copies first
+            place = f" ('{name}')" if isinstance(name, str) else ""
         error = error.__cause__ or error.__context__
     return f"no space left on the device{place}: make room and {again}; what was saved before is intact"

@@ -36,8 +36,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise BimosError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
-        if not self.temperature >= 0:
-            raise BimosError(f"--temperature {self.temperature}: must be 0 (greedy) or more")
+        if not (self.temperature == 0 or self.temperature >= 1e-3):  # scores are divided by it
+            raise BimosError(f"--temperature {self.temperature}: must be 0 (greedy), or 0.001 or more")
         if not 0 < self.top_p <= 1:
             raise BimosError(f"--top-p {self.top_p}: must be above 0 and at most 1")
         if not 0 <= self.top_k < 2**31:
@@ -46,8 +46,8 @@ class Sampling:
             raise BimosError(f"--min-p {self.min_p}: must be from 0 to 1")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise BimosError(f"--seed {self.seed}: must be from 0 to 2**63 - 1")
-        if not self.repetition_penalty > 0:
-            raise BimosError(f"--repetition-penalty {self.repetition_penalty}: must be above 0; 1 is none")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise BimosError(f"--repetition-penalty {self.repetition_penalty}: must be from 0.01 to 100; 1 is none")
 
     def arguments(self) -> dict[str, Any]:
         """For `transformers.generate`. `top_k=0`: its own default of 50 would act behind the user's back."""
@@ -62,7 +62,7 @@ def continue_text(model: Any, tokenizer: Any, prompt: str, sampling: Sampling, o
     """What follows `prompt`, without the prompt. `on_text` gets it piece by piece as it comes.
 
     Raises:
-        BimosError: the prompt has no tokens, or too many for the model.
+        BimosError: the prompt has no tokens, or too many for the model; its scores are no numbers.
     """
     tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
     room = _room(model, sampling)
@@ -97,7 +97,7 @@ class Conversation:
         On KeyboardInterrupt, what was said so far stays in the conversation.
 
         Raises:
-            BimosError: `message` alone is longer than the model's context; the conversation is then as before.
+            BimosError: `message` alone is longer than the model's context, or scores are no numbers; the conversation is then as before.
         """
         before = list(self.turns)
         self.turns.append({"role": "user", "content": message})
@@ -114,8 +114,13 @@ class Conversation:
 
         try:
             _generate(self.model, self.tokenizer, tokens, self.sampling, keep)
-        finally:
+        except BimosError:
+            self.turns[:] = before
+            raise
+        except BaseException:
             self.turns.append({"role": "assistant", "content": "".join(said)})
+            raise
+        self.turns.append({"role": "assistant", "content": "".join(said)})
         return "".join(said)
 
     def _fitting(self) -> Tensor:
@@ -187,6 +192,13 @@ def _room(model: Any, sampling: Sampling) -> int | None:
     return limit - sampling.max_new_tokens
 
 
+def _check_scores(tokens: Tensor, scores: Tensor) -> Tensor:
+    """Raises BimosError where there is nothing to choose by; transformers would take the first token, or end in the generator's words."""
+    if not scores.amax(-1).isfinite().all():  # NaN and infinity win; minus infinity is what other rules forbid with
+        raise BimosError("the model's scores are NaN or infinite, there is nothing to choose by: fetch the model again")
+    return scores
+
+
 @torch.inference_mode()
 def _generate(model: Any, tokenizer: Any, tokens: Tensor, sampling: Sampling, on_text: OnText) -> str:
     if hasattr(model, "stream"):  # an engine
@@ -204,10 +216,5 @@ def _generate(model: Any, tokenizer: Any, tokens: Tensor, sampling: Sampling, on
         on_text(text)
 
     arguments = sampling.arguments() | {"pad_token_id": padding, "attention_mask": torch.ones_like(tokens)}
-    try:
-        model.generate(tokens, streamer=Streamer(tokenizer, collect), **arguments)
-    except RuntimeError as error:
-        if "probability tensor" not in str(error):
-            raise
-        raise BimosError("the model's scores are NaN or infinite, there is nothing to choose from: fetch the model again") from None
+    model.generate(tokens, streamer=Streamer(tokenizer, collect), logits_processor=[_check_scores], **arguments)
     return "".join(pieces)

@@ -7,6 +7,7 @@ hold linears; every `nn.Linear` inside them is converted, the head and whatever 
 from __future__ import annotations
 
 import copy
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from bimos.errors import BimosError
 from bimos.kernels import native
 from bimos.packing.integrity import check_depth, check_readable
 from bimos.packing.pack import not_causal
+
+_TOKENIZERS = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken")  # files that one is made of
 
 
 def _source(model: str | Path) -> tuple[str, dict[str, Any]]:
@@ -47,15 +50,15 @@ def _source(model: str | Path) -> tuple[str, dict[str, Any]]:
     return text, {}
 
 
-def _explain(model: str | Path, error: Exception) -> BimosError:
+def _explain(model: str | Path, error: Exception, what: str = "") -> BimosError:
     source = str(model)
     said = str(error).strip()
     first = said.splitlines()[0].strip() if said else type(error).__name__
     if first.endswith(":"):  # what it announces is on the lines behind it
-        first = " ".join(said.split())[:300]
+        first = textwrap.shorten(said, 300, placeholder=" ...")
     if not Path(source).expanduser().exists():
-        return BimosError(f"cannot load '{source}' from the Hub ({first}); check the name and the network, or give a local directory")
-    return BimosError(f"cannot load '{source}': {first}")
+        return BimosError(f"cannot load {what}'{source}' from the Hub ({first}); check the name and the network, or give a local directory")
+    return BimosError(f"cannot load {what}'{source}': {first}")
 
 
 def load_config(model: str | Path) -> PretrainedConfig:
@@ -73,11 +76,14 @@ def load_tokenizer(model: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, **extra)
     except Exception as error:  # the tokenizers library raises bare exceptions
-        explained = _explain(model, error)
-        if not Path(source).is_dir():
-            raise explained from None
-        mend = "fetch tokenizer.json and tokenizer_config.json of the original model" if not extra else "fetch the file again"
-        raise BimosError(f"the tokenizer is missing or damaged: {explained}; {mend}") from None
+        if (
+            not extra
+            and Path(source).is_dir()
+            and not any(path.match(pattern) for path in Path(source).iterdir() for pattern in _TOKENIZERS)
+        ):
+            mend = "copy tokenizer.json and tokenizer_config.json of the original model there"
+            raise BimosError(f"'{model}' has no tokenizer: {mend}") from None
+        raise _explain(model, error, "the tokenizer of ") from None
 
 
 def load_model(model: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:

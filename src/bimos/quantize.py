@@ -96,6 +96,8 @@ def quantize(
     if isinstance(model, PreTrainedModel):
         if config.low_memory:  # which gives back pages: what was changed in memory would be lost
             raise BimosError("low_memory reads a model from its files: give a directory or a Hub id, not a model that is loaded")
+        if tokenizer is None and not model.name_or_path:
+            raise BimosError("this model has no name to find a tokenizer under: give bimos.quantize a tokenizer")
         teacher, tokenizer = model, tokenizer or load_tokenizer(str(model.name_or_path))
         place = teacher.device if device is None else chosen_device(device, ALONE)
     else:
@@ -116,9 +118,9 @@ def quantize(
             student, _ = train(teacher, tokenizer, config, Path(work), console, device=place)
     finally:
         teacher.train(was_training)
-    card = {"base_model": name} if (name := str(model if not isinstance(model, PreTrainedModel) else model.name_or_path)) else None
-    bits, known = config.embedding_bits, method.to_dict()
-    packed = pack_model(student.cpu(), method=config.method, options=known, embedding_bits=bits, dtype=dtype, card=card)
+    facts: dict[str, Any] = {"method": config.method, "options": method.to_dict(), "embedding_bits": config.embedding_bits}
+    name = str(model.name_or_path if isinstance(model, PreTrainedModel) else model)
+    packed = pack_model(student.cpu(), **facts, dtype=dtype, card={"base_model": name} if name else None)
     return packed.to(place)  # type: ignore[arg-type]
 
 

@@ -30,7 +30,7 @@ from bimos.training.endtoend import distill
 from bimos.training.progress import Progress
 from bimos.training.sources import parse_sources
 from bimos.training.student import load_tensors, load_trained, uninitialised_student
-from bimos.training.teacher import TopKCache
+from bimos.training.teacher import TopKCache, discard_other
 
 ENDLESS = 10**9  # windows of a stage whose end the clock decides
 SHORT = 3  # times that calibration may read a text to its end without a warning
@@ -53,6 +53,9 @@ def train(
 
     Returns:
         The trained student and the stages' reports. Behind the distillation of several processes the student is in parts: `gathered`.
+
+    Raises:
+        BimosError: text that is none, or another than before a restart; no room for what the disk is to hold; a loss that is not finite.
     """
     started = time.monotonic() if started is None else started
     method = method_config(config.method, config.options)
@@ -77,7 +80,7 @@ def train(
         if total is not None and config.blocks.enabled:
             seconds = total * config.blocks.share if config.distill.enabled else max(1.0, total - overhead)
         count, distinct = _windows_of_distillation(config)
-        cache = _logit_cache(work / "logits", distinct or count, teacher, config, processes)  # takes its room before the work, not after it
+        cache = _logit_cache(work, min(distinct or count, count), teacher, config, processes)  # its room is taken before the work
         report = reconstruct_blocks(teacher, windows, method, config, work / "blocks", progress, seconds, processes, device)
         student = uninitialised_student(teacher, method, config.skip)
         load_blocks(student, work / "blocks")
@@ -106,13 +109,24 @@ def _windows_of_distillation(config: RunConfig) -> tuple[int, int | None]:
     return count, None if again is None else _whole_batches(-(-again // length), steps)
 
 
-def _logit_cache(directory: Path, windows: int, teacher: PreTrainedModel, config: RunConfig, processes: Processes) -> TopKCache | None:
-    if not config.distill.enabled or config.distill.teacher != "cached":
-        return None
+def _logit_cache(work: Path, windows: int, teacher: PreTrainedModel, config: RunConfig, processes: Processes) -> TopKCache | None:
+    """The cache of the teacher's logits, if the config asks for one. One of options that a restart has changed makes room.
+
+    Raises:
+        BimosError: the disk has no room for it.
+    """
+    directory, wanted = work / "logits", bool(config.distill.enabled) and config.distill.teacher == "cached"
     vocabulary = teacher.config.get_text_config().vocab_size
-    shape = windows, config.sequence_length, min(config.distill.top_k, vocabulary), vocabulary
-    processes.first(lambda: TopKCache(directory, *shape).close())  # made by one; opened by all
-    return TopKCache(directory, *shape)
+    shape = {"windows": windows, "length": config.sequence_length, "k": min(config.distill.top_k, vocabulary), "vocabulary": vocabulary}
+
+    def make() -> None:
+        if not checkpoints(work / "distill"):  # until there is one, options of distillation may change
+            discard_other(directory, shape if wanted else None)
+        if wanted:
+            TopKCache(directory, **shape).close()
+
+    processes.first(make)  # made by one; opened by all
+    return TopKCache(directory, **shape) if wanted else None
 
 
 def gathered(teacher: PreTrainedModel, method: MethodConfig, config: RunConfig, work: Path) -> tuple[PreTrainedModel, PreTrainedModel]:

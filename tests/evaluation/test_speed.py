@@ -18,7 +18,7 @@ from bimos.engine import Engine, windows
 from bimos.evaluation import bandwidth
 from bimos.evaluation.bandwidth import Bandwidth, last_caches
 from bimos.evaluation.runners import EngineRunner, TransformersRunner
-from bimos.evaluation.speed import Runs, bytes_read, measure
+from bimos.evaluation.speed import Runs, bytes_read, fitting, measure
 from bimos.kernels import native
 from bimos.models import load_model
 from bimos.packing.checkpoint import save_packed
@@ -98,13 +98,15 @@ def test_what_a_step_reads(packed: Packed, dense: Callable[..., PreTrainedModel]
     assert bytes_read(tied) == 101 * 34 + planes + rest
 
 
-@pytest.mark.parametrize(("tokens", "prompts"), [(4, [16]), (60, None)])
-def test_the_usual_prompts_as_far_as_the_model_has_room(dense_directory: Path, tokens: int, prompts: list[int] | None) -> None:
-    result = run(dense_directory, "--batch", 1, "--tokens", tokens, "--repeats", 1, "--json", "-")
-    if prompts is None:
-        assert result.exit_code == 2 and "--prompt 16 and --tokens 60 take 77 positions: the model has 64" in result.stderr
-    else:
-        assert [row["prompt"] for row in json.loads(result.stdout)["runs"]] == prompts
+@pytest.mark.parametrize(("limit", "prompts"), [(None, (16, 128, 512)), (517, (16, 128, 512)), (516, (16, 128)), (21, (16,))])
+def test_the_usual_prompts_as_far_as_the_model_has_room(limit: int | None, prompts: tuple[int, ...]) -> None:
+    assert fitting(Runs(tokens=4), limit) == prompts
+
+
+def test_prompts_of_a_small_model(directory: Path, dense_directory: Path) -> None:
+    for model in (directory, dense_directory):
+        result = run(model, "--batch", 1, "--tokens", 4, "--repeats", 1, "--json", "-")
+        assert [row["prompt"] for row in json.loads(result.stdout)["runs"]] == [16]
 
 
 def test_experts_are_not_counted_as_read(monkeypatch: pytest.MonkeyPatch, dense_directory: Path) -> None:
@@ -181,11 +183,12 @@ def test_the_command(directory: Path, tmp_path: Path) -> None:
     [
         (["--prompt", "16,x"], "--prompt 16,x: must be whole numbers"),
         (["--prompt", "0"], "--prompt 0: must be at least 1"),
-        (["--prompt", ""], "--prompt : must be at least 1"),
         (["--batch", "1,-2"], "--batch 1,-2: must be at least 1"),
         (["--tokens", "0"], "--tokens 0: must be at least 1"),
         (["--repeats", "0"], "--repeats 0: must be at least 1"),
         (["--threads", "0"], "--threads 0: must be from 1 to 1024"),
+        (["--tokens", "60"], "--tokens 60 leaves no room for a prompt of 16: the model has 64 positions"),
+        (["--prompt", ""], "must be whole numbers with commas"),
         (["--prompt", "16,60", "--tokens", "8"], "--prompt 60 and --tokens 8 take 69 positions: the model has 64"),
         (["--json", "no/such/folder.json"], "there is no folder"),
     ],

@@ -76,7 +76,7 @@ def inspect(
         write_json(output / "inspect.json", result)
         write_text(output / "index.html", _page(result, drawn))
     except OSError as error:
-        reason = no_space() if disk_full(error) else f"{error.strerror}; name another output directory"
+        reason = no_space(error) if disk_full(error) else f"{error.strerror}; name another output directory"
         raise BimosError(f"cannot write to '{output}': {reason}") from None
     return result
 

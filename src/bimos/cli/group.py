@@ -47,7 +47,8 @@ class Commands(TyperGroup):
             raise typer.Exit(130) from error
         except Exception as error:
             if disk_full(error):
-                raise _fail(no_space(error, CONTINUE.get(ctx.invoked_subcommand, "run again"))) from error
+                begun = ", with --resume if the run had begun" if ctx.invoked_subcommand == "quantize" else ""
+                raise _fail(no_space(error, "run again" + begun)) from error
             raise
 
 

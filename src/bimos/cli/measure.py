@@ -126,9 +126,12 @@ def bench(
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
-        return tuple(dict.fromkeys(map(int, show.split(text))))
+        numbers = tuple(dict.fromkeys(map(int, show.split(text))))
     except ValueError:
-        raise BimosError(f"--{option} {text}: must be whole numbers with commas, such as 16,512") from None
+        numbers = ()
+    if not numbers:
+        raise BimosError(f"--{option} {text}: must be whole numbers with commas, such as 16,512")
+    return numbers
 
 
 def info(model: Model, json: Json = None) -> None:

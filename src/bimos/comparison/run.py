@@ -26,7 +26,7 @@ from bimos.comparison.peers import Peer, row_config
 from bimos.comparison.rows import Row
 from bimos.comparison.setting import Setting, check_place, read_setting
 from bimos.comparison.work import Job
-from bimos.errors import BimosError, no_space
+from bimos.errors import BimosError
 from bimos.evaluation.texts import EvaluationText, load_text
 from bimos.evaluation.versions import write_json
 from bimos.evaluation.zeroshot import check_tasks, expand
@@ -168,7 +168,7 @@ def _in_a_process(job: Job, steps: list[str]) -> None:
     if code == 2 and error.exists():
         raise BimosError(error.read_text(encoding="utf-8"))
     if code == errno.ENOSPC:
-        raise BimosError(no_space(again="run again to continue"))
+        raise BimosError("no space left on the device: make room")
     if code:
         reason = "was killed (for want of memory?)" if code == -9 else f"ended with exit code {code}"
         raise BimosError(f"its process {reason}")

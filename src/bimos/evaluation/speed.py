@@ -56,6 +56,18 @@ class Runs:
             raise BimosError(f"--threads {self.threads}: must be from 1 to 1024")
 
 
+def fitting(runs: Runs, limit: int | None) -> tuple[int, ...]:
+    """The lengths of the prompts, for a model of `limit` positions. Raises BimosError: what was asked for has no room, or none has."""
+    room = math.inf if limit is None else limit - runs.tokens - 1
+    if runs.prompts is None:
+        if found := tuple(length for length in USUAL_PROMPTS if length <= room):
+            return found
+        raise BimosError(f"--tokens {runs.tokens} leaves no room for a prompt of {USUAL_PROMPTS[0]}: the model has {limit} positions")
+    if (longest := max(runs.prompts)) > room:
+        raise BimosError(f"--prompt {longest} and --tokens {runs.tokens} take {longest + runs.tokens + 1} positions: the model has {limit}")
+    return runs.prompts
+
+
 def measure(
     source: str | Path, runs: Runs, progress: Callable[[int, int], None] | None = None, options: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -75,14 +87,8 @@ def measure(
     """
     before, torch_threads = psutil.Process().memory_info().rss, torch.get_num_threads()
     model = load_model(source)
-    limit = maximum_context(model)
-    if runs.prompts is None:
-        room = math.inf if limit is None else limit - runs.tokens - 1
-        runs = dataclasses.replace(runs, prompts=tuple(length for length in USUAL_PROMPTS if length <= room) or USUAL_PROMPTS[:1])
-    assert runs.prompts is not None
-    longest = max(runs.prompts) + runs.tokens + 1
-    if limit is not None and longest > limit:
-        raise BimosError(f"--prompt {max(runs.prompts)} and --tokens {runs.tokens} take {longest} positions: the model has {limit}")
+    prompts = fitting(runs, maximum_context(model))
+    longest = max(prompts) + runs.tokens + 1
     config, why = model.config.get_text_config(), refusal(model)
     options = {"head_bits": None, "cache_bits": 16, "activation": "exact"} | (options or {})
     if why:
@@ -97,7 +103,7 @@ def measure(
         result |= {"threads": torch.get_num_threads(), "repeats": runs.repeats}
         runner: Any = TransformersRunner(model) if why else EngineRunner(Engine(model, **options))
         del model
-        rounds = _Rounds(runner, runs, config.vocab_size, progress)
+        rounds = _Rounds(runner, runs, prompts, config.vocab_size, progress)
         rounds.run()
         peak = peak_resident_bytes()
         rounds.forget()
@@ -130,10 +136,12 @@ def measure(
 class _Rounds:
     """Every prompt length with every batch size, once a round."""
 
-    def __init__(self, runner: Runner, runs: Runs, vocabulary: int, progress: Callable[[int, int], None] | None) -> None:
+    def __init__(
+        self, runner: Runner, runs: Runs, prompts: tuple[int, ...], vocabulary: int, progress: Callable[[int, int], None] | None
+    ) -> None:
         self.runner, self.runs, self.vocabulary, self.progress = runner, runs, vocabulary, progress
         self.generator = torch.Generator().manual_seed(0)
-        self.kinds = list(itertools.product(runs.prompts or USUAL_PROMPTS, runs.batches))
+        self.kinds = list(itertools.product(prompts, runs.batches))
         self.done = 0
         self.forget()
 

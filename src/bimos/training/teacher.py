@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,11 +63,12 @@ class TopKCache:
         index_dtype = np.dtype(np.uint16 if self.vocabulary <= 65_536 else np.uint32)
         shape = (self.windows, self.length, self.k)
         needed = self.windows * self.length * self.k * (2 + index_dtype.itemsize)
-        available = os.statvfs(self.directory)
-        if _read(about) is None and needed > available.f_bavail * available.f_frsize:
+        disk = os.statvfs(self.directory)
+        available = disk.f_bavail * disk.f_frsize + sum(512 * file.stat().st_blocks for file in self.directory.glob("*.bin"))
+        if _read(about) is None and needed > available:
             raise BimosError(
                 f"the logit cache needs {needed / 2**30:.1f} GiB in '{self.directory}', which has less; "
-                "lower distill.top_k or use distill.teacher=live"
+                "lower distill.top_k or distill.distinct_tokens, or use distill.teacher=live"
             )
         self._value = self._open("values.bin", np.dtype(np.float16), shape)
         self._index = self._open("indices.bin", index_dtype, shape)
@@ -88,7 +90,7 @@ class TopKCache:
                 if is_new:
                     path.unlink()  # with what room it got
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot
-                    raise
+                    raise OSError(error.errno, error.strerror, str(path)) from None
         return np.memmap(path, dtype, "r+" if path.exists() else "w+", shape=shape)
 
     def close(self) -> None:
@@ -119,6 +121,12 @@ class TopKCache:
         found = self.get(window)
         assert found is not None
         return found
+
+
+def discard_other(directory: Path, wanted: dict[str, int] | None) -> None:
+    """Delete the cache in `directory`, if there is one, unless it is as wanted (None: no cache is)."""
+    if directory.exists() and (wanted is None or _read(directory / "cache.json") != wanted):
+        shutil.rmtree(directory)
 
 
 def _read(path: Path) -> object:
