@@ -29,6 +29,7 @@ from bimos.config import RunConfig, decided
 from bimos.evaluation.mode import evaluating
 from bimos.evaluation.texts import load_text
 from bimos.evaluation.versions import provenance, write_json
+from bimos.kernels import native
 from bimos.methods import method_config
 from bimos.models import load_teacher
 from bimos.resume import fingerprint
@@ -70,7 +71,9 @@ def losses(model: PreTrainedModel, tokenizer: Any, name: str, windows: int) -> T
 
 
 def _losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1].float(), ids[1:], reduction="none")
+    with torch.autocast("cpu", torch.bfloat16, enabled=native.fast_dtype(torch.bfloat16) == torch.bfloat16):  # as in training
+        logits = model(ids[None]).logits[0, :-1]
+    return torch.nn.functional.cross_entropy(logits.float(), ids[1:], reduction="none")
 
 
 def differences(values: Tensor) -> dict[str, float | None]:
