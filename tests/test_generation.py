@@ -99,11 +99,26 @@ def test_an_interrupted_answer_stays_in_the_conversation(model: Any, tokenizer: 
     assert conversation.turns[-1] == {"role": "assistant", "content": "one two "}
 
 
+def test_an_answer_that_cannot_be_leaves_the_conversation_alone(model: Any, tokenizer: Any) -> None:
+    conversation = Conversation(Script(model, tokenizer, "one two three"), tokenizer, GREEDY)
+    conversation.reply("Count!", lambda text: None)
+    before = list(conversation.turns)
+
+    def fail(text: str) -> None:
+        raise BimosError("no numbers")
+
+    with pytest.raises(BimosError, match="no numbers"):
+        conversation.reply("Again!", fail)
+    assert conversation.turns == before and len(before) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
         ({"max_new_tokens": 0}, "--max-new-tokens"),
         ({"temperature": -0.1}, "--temperature"),
+        ({"temperature": 1e-4}, "--temperature"),
+        ({"repetition_penalty": 1e-40}, "--repetition-penalty"),
         ({"top_p": 0}, "--top-p"),
         ({"top_p": 1.5}, "--top-p"),
         ({"repetition_penalty": 0}, "--repetition-penalty"),

@@ -112,16 +112,16 @@ class Conversation:
             said.append(text)
             on_text(text)
 
+        answer = {"role": "assistant", "content": ""}
+        self.turns.append(answer)
         try:
             _generate(self.model, self.tokenizer, tokens, self.sampling, keep)
         except BimosError:
             self.turns[:] = before
             raise
-        except BaseException:
-            self.turns.append({"role": "assistant", "content": "".join(said)})
-            raise
-        self.turns.append({"role": "assistant", "content": "".join(said)})
-        return "".join(said)
+        finally:
+            answer["content"] = "".join(said)
+        return answer["content"]
 
     def _fitting(self) -> Tensor:
         """The conversation as tokens `[1, T]` that leave room for an answer."""
