@@ -23,15 +23,17 @@ struct alignas(64) Shapes {
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16];
 
-  // Tiles 0 to 3 are sums, 4 and 5 left sides, 6 and 7 right ones.
-  explicit constexpr Shapes(uint8_t left) : rows{left, left, left, left, left, left, 16, 16} {}
+  // Tiles from `rights` on are right sides, those before them sums and left sides, of `left` rows.
+  constexpr Shapes(int64_t left, int rights) : rows{} {
+    for (int tile = 0; tile < 8; ++tile) rows[tile] = static_cast<uint8_t>(tile < rights ? left : kRows);
+  }
 };
 
 // All eight tiles are this thread's for as long as it lives: left sides, and sums, of `left` rows, which take as long as there are. Not to be nested; nothing else that uses tiles may be called meanwhile.
 class Tiles {
  public:
-  explicit Tiles(int64_t left = kRows) {
-    const Shapes shapes(static_cast<uint8_t>(left));
+  explicit Tiles(int64_t left = kRows, int rights = 6) {
+    const Shapes shapes(left, rights);
     asm volatile("sttilecfg %0" : "=m"(before_)::"memory");
     asm volatile("ldtilecfg %0" ::"m"(shapes) : "memory");
   }
@@ -46,7 +48,7 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 
  private:
-  Shapes before_{0};
+  Shapes before_{0, 0};
 };
 
 template <int kTile>
@@ -71,14 +73,10 @@ BIMOS_INLINE void add_bfloat16() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kLeft), "i"(kRight));
 }
 
-// The same of bytes in 32 bits: the left side's signed or not, the right side's signed.
-template <int kSums, int kLeft, int kRight, bool kSigned>
+// The same of bytes, signed on both sides, in 32 bits.
+template <int kSums, int kLeft, int kRight>
 BIMOS_INLINE void add_bytes() {
-  if constexpr (kSigned) {
-    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kLeft), "i"(kRight));
-  } else {
-    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kLeft), "i"(kRight));
-  }
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kLeft), "i"(kRight));
 }
 #endif
 

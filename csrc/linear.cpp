@@ -14,10 +14,7 @@ namespace {
 // Below this many weights times tokens a second thread costs more than it saves.
 constexpr int64_t kWorthAThread = 1 << 18;
 // With more tokens than this for each thread, threads share out the tokens, and no table is made twice.
-constexpr int64_t kManyTokens = 2 * kTokens;
-
-// With this many or more for each thread they do so where the matrix unit makes signs bytes again and again instead.
-constexpr int64_t kManyForMatrices = 64;
+constexpr int64_t kManyTokens = 2 * kTokens;  // by tables; by the matrix unit, that a tile is full
 
 // What one thread needs for the tokens that it takes at a time; grows, and is kept from call to call.
 struct Scratch {
@@ -127,11 +124,17 @@ void int8_part(int64_t index, void* context) {
   }
 }
 
+static_assert(matrices::kFewest > kTokens && matrices::kFewestInt8 > kTokens);  // fewer are known to go by tables
+
+// Whether so many tokens are taken together by the matrix unit.
+bool worth_matrices(const Level& level, const Linear& linear, int64_t tokens) {
+  return level.has_matrices && tokens >= (linear.int8 ? matrices::kFewestInt8 : matrices::kFewest);
+}
+
 }  // namespace
 
 int64_t tokens_at_a_time(const Level& level, const Linear& linear, int64_t tokens) {
-  const bool by_matrices = level.has_matrices && tokens >= matrices::kFewest;
-  return std::min<int64_t>(by_matrices ? matrices::most_tokens(linear.in) : kTokens, tokens);
+  return std::min<int64_t>(worth_matrices(level, linear, tokens) ? matrices::most_tokens(linear.in) : kTokens, tokens);
 }
 
 namespace {
@@ -158,7 +161,7 @@ void product_of_plane(const Level& level, const Plane& plane, int64_t count, Inp
     for (int64_t t = 0; t < count; t += step) {
       const int64_t few = std::min(step, count - t);
       const Inputs from = input(t, few, scaled);
-      matrices::prepare(from.x, from.stride, few, plane, tables + t / step * bytes, scales + t / step * floats);
+      matrices::prepare(from.x, from.stride, few, count, plane, tables + t / step * bytes, scales + t / step * floats);
       mark(Part::tables);
     }
     matrices::product(plane, first, last, tables, scales, count, mixed, y, stride);
@@ -241,7 +244,7 @@ void rows_of_linear(const Level& level, const Linear& linear, const float* x, in
 void apply(const Level& level, const Linear& linear, const void* x, Dtype dtype, int64_t tokens, void* y, const Pool& pool) {
   const int64_t tiles = tile_count(level.layout, linear.out);
   const int64_t worth = linear.in * linear.out * linear.planes * tokens / kWorthAThread;
-  const bool by_tokens = tokens >= (level.has_matrices ? kManyForMatrices : kManyTokens) * pool.size;
+  const bool by_tokens = tokens >= (level.has_matrices ? matrices::kTile : kManyTokens) * pool.size;
   const int64_t parts = std::clamp<int64_t>(worth, 1, std::min(pool.size, by_tokens ? tokens : tiles));
   Job job{level, linear, static_cast<const char*>(x), static_cast<char*>(y), dtype, tokens, tiles, parts, by_tokens};
   if (parts == 1) return part(0, &job);

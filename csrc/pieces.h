@@ -12,8 +12,8 @@
 
 namespace bimos::matrices {
 
-constexpr int64_t kPiece = 576;  // inputs that share a step, at most: their strip of signs stays in the first cache
-constexpr int64_t kDepth = 64;   // inputs of a tile
+constexpr int64_t kPiece = 1152;  // inputs that share a step, at most
+constexpr int64_t kDepth = 64;    // inputs of a tile
 constexpr int64_t kTileBytes = kTile * kDepth;
 
 // Inputs that share a step: a group, or as even a part of it as depths allow.

@@ -364,3 +364,16 @@ def test_every_level(level: str, packed: Packed) -> None:
     assert (Engine(model, threads=1).logits(ids) - expected).norm() < 5e-3 * expected.norm()
     assert (Engine(model, threads=1, cache_bits=8).logits(ids) - expected).norm() < 2e-2 * expected.norm()
     assert (Engine(model, threads=1, head_bits=4).logits(ids) - expected).norm() < 0.15 * expected.norm()
+
+
+def test_sequences_beside_each_other(level: str, packed: Packed) -> None:
+    """What is read beside a token changes its logits by rounding alone; a head of bytes whose rows and inputs fill no tile."""
+    model = packed("llama", experts=4, embedding_bits=8)
+    engine = Engine(model, threads=2)
+    ids = text(17)
+    read = torch.ops.bimos.engine_read
+    alone = torch.cat([read(engine._id, [token], [torch.ops.bimos.engine_open(engine._id)], 1) for token in ids])
+    for count in (2, 5, 8, 9, 17):
+        sequences = [torch.ops.bimos.engine_open(engine._id) for _ in range(count)]
+        together = read(engine._id, ids[:count], sequences, 1)
+        assert (together - alone[:count]).norm() < 5e-3 * alone[:count].norm()

@@ -20,6 +20,15 @@ struct Tiling {
   uint8_t* to;
 };
 
+// Some strips of a head, likewise.
+struct Strips {
+  const int8_t* from;
+  int64_t rows, n, first, last;
+  uint8_t* to;
+};
+
+constexpr int64_t kStrips = 32;
+
 // Takes tensors and numbers off their lists.
 class Reading {
  public:
@@ -54,10 +63,17 @@ class Reading {
     held_.push_back(compact(weight));
     Table table{held_.back().const_data_ptr(), nullptr, Dtype::float32};
     if (weight.scalar_type() == ScalarType::Char) {
-      if (whole) {
+      if (whole && level().has_matrices) {
+        uint8_t* to = arena_.take(bytes::tile_bytes(rows, n));
+        for (int64_t strip = 0; strip < ceil_div(rows, bytes::kStrip); strip += kStrips)
+          strips_.push_back({static_cast<const int8_t*>(table.rows), rows, n, strip, std::min(ceil_div(rows, bytes::kStrip), strip + kStrips), to});
+        sources_.push_back(held_.back());
+        table.rows = to;
+        table.tiled = true;
+      } else if (whole) {
         table.rows = copy(table.rows, static_cast<size_t>(rows * n));
-        held_.pop_back();
       }
+      if (whole) held_.pop_back();
       table.scale = floats(rows, what);
       STD_TORCH_CHECK(table.scale != nullptr, "engine: ", what, " has no scale");
       return table;
@@ -108,14 +124,21 @@ class Reading {
   void make(Team& team) {
     struct Work {
       const std::vector<Tiling>& all;
+      const std::vector<Strips>& strips;
       std::atomic<size_t> next{0};
-    } work{tilings_};
+    } work{tilings_, strips_};
     team.run(
         [](int, void* context) {
           Work& work = *static_cast<Work*>(context);
-          for (size_t i = work.next.fetch_add(1); i < work.all.size(); i = work.next.fetch_add(1)) {
-            const Tiling& one = work.all[i];
-            make_tiles(level().layout, one.bits, one.scales, one.out, one.in, one.block, one.to);
+          const size_t planes = work.all.size(), count = planes + work.strips.size();
+          for (size_t i = work.next.fetch_add(1); i < count; i = work.next.fetch_add(1)) {
+            if (i < planes) {
+              const Tiling& one = work.all[i];
+              make_tiles(level().layout, one.bits, one.scales, one.out, one.in, one.block, one.to);
+            } else {
+              const Strips& some = work.strips[i - planes];
+              bytes::make_tiles(some.from, some.rows, some.n, some.first, some.last, some.to);
+            }
           }
         },
         &work);
@@ -154,6 +177,7 @@ class Reading {
   Arena& arena_;
   std::vector<Tensor> sources_;  // of tiles that are to be made
   std::vector<Tiling> tilings_;
+  std::vector<Strips> strips_;
   size_t tensor_ = 0, number_ = 0;
 };
 

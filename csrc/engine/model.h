@@ -5,6 +5,8 @@
 #include <memory>
 #include <vector>
 
+#include "../bytes.h"
+#include "../int4.h"
 #include "../linear.h"
 #include "../spent.h"
 #include "maths.h"
@@ -25,17 +27,21 @@ struct Block {
   int64_t window;                      // positions that are seen, the token's own included; 0: all
 };
 
-// Rows of the embedding and of the head: int8, or tiles of 4 bits (int4.h), with a scale each; or any dtype without.
+// Rows of the embedding and of the head: int8, perhaps in tiles (bytes.h), or tiles of 4 bits (int4.h), with a scale each; or any dtype without.
 struct Table {
   const void* rows;
   const float* scale;  // null unless the rows are int8 or of 4 bits
   Dtype dtype;
-  bool four_bits = false;
+  bool four_bits = false, tiled = false;
+
+  int64_t tile_rows() const { return four_bits ? kTileRows : tiled ? bytes::kStrip : 1; }
+  int64_t tokens() const { return tiled ? bytes::kMost : kTokens; }  // at a time
 };
 
-// y[t][r - first] = rows r in [first, last) of a table times x[t], t < count <= kTokens. `first` begins a tile where rows have four bits.
+// y[t][r - first] = rows r in [first, last) of a table times x[t], `stride` values from one to the next, t < count <= table.tokens(). `first` begins a
+// tile.
 void table_rows(const Level& level, const maths::Maths& maths, const Table& table, int64_t n, int64_t first, int64_t last,
-                const float* const* x, int count, float* const* y);
+                const float* x, int64_t stride, int64_t count, float* const* y);
 
 struct Model {
   Shape shape;

@@ -8,7 +8,7 @@
 #include <cstring>
 
 #include "../flash_bf16.h"
-#include "../int4.h"
+#include "../matrices.h"
 #include "../spent.h"
 #include "../tiles.h"
 #include "model.h"
@@ -151,7 +151,8 @@ void Reader::read(const std::vector<Token>& tokens) {
       sine_[static_cast<size_t>(t * half + j)] = std::sin(angle) * shape.rope_scale;
     }
   }
-  Work work{*this, used, maths::maths_for(used.name), tokens, count >= kTokens * team_.size(), {}};
+  const int64_t many = used.has_matrices ? matrices::kTile : kTokens;  // that leave no part of a tile, or of a pass over a table, empty
+  Work work{*this, used, maths::maths_for(used.name), tokens, count >= many * team_.size(), {}};
   if (work.by_tokens) work.runs = runs_of(tokens);
   team_.run(rank_main, &work);
   for (const Token& token : tokens) token.sequence->extend(token.position + 1);
@@ -274,24 +275,24 @@ void Reader::head_input(int64_t t, float* y) const {
 void Reader::logits(Work& work, int rank) {
   thread_local std::vector<float> normed_buffer;
   const Shape& shape = model_.shape;
-  const int64_t hidden = padded_inputs(shape.hidden), unit = model_.head.four_bits ? kTileRows : 1;
+  const int64_t hidden = padded_inputs(shape.hidden), unit = model_.head.tile_rows(), most = model_.head.tokens();
   const Range units = share(ceil_div(shape.vocabulary, unit), rank, work.size());
   const int64_t first = units.begin * unit, last = std::min(shape.vocabulary, units.end * unit);
-  float* normed = at_least(normed_buffer, kTokens * hidden);
   std::vector<int64_t> wanted;
   for (int64_t t = 0; t < work.count(); ++t)
     if (work.tokens[static_cast<size_t>(t)].logits != nullptr) wanted.push_back(t);
-  for (size_t start = 0; start < wanted.size(); start += kTokens) {
-    const int few = static_cast<int>(std::min<size_t>(kTokens, wanted.size() - start));
-    const float* x[kTokens];
-    float* y[kTokens];
-    for (int i = 0; i < few; ++i) {
-      const int64_t t = wanted[start + static_cast<size_t>(i)];
+  const auto count = static_cast<int64_t>(wanted.size());
+  float* normed = at_least(normed_buffer, std::min(most, count) * hidden);
+  std::vector<float*> y;
+  for (int64_t start = 0; start < count; start += most) {
+    const int64_t few = std::min(most, count - start);
+    y.clear();
+    for (int64_t i = 0; i < few; ++i) {
+      const int64_t t = wanted[static_cast<size_t>(start + i)];
       head_input(t, normed + i * hidden);
-      x[i] = normed + i * hidden;
-      y[i] = work.tokens[static_cast<size_t>(t)].logits + first;
+      y.push_back(work.tokens[static_cast<size_t>(t)].logits + first);
     }
-    table_rows(work.level, work.maths, model_.head, shape.hidden, first, last, x, few, y);
+    if (first < last) table_rows(work.level, work.maths, model_.head, shape.hidden, first, last, normed, hidden, few, y.data());
   }
 }
 

@@ -89,10 +89,10 @@ def with_int8_sums(x: Tensor, tensors: dict[str, Any], group: int | None) -> Ten
 
 
 def with_int8_inputs(x: Tensor, tensors: dict[str, Any], group: int | None) -> Tensor:
-    """What `int8` allows many tokens with the matrix unit: inputs in steps of a 127th of the largest of up to 576."""
+    """What `int8` allows many tokens with the matrix unit: inputs in steps of a 127th of the largest of up to 1152."""
     scaled = (x * tensors["scale_in"][0, 0].float()).double()
     pieces = scaled.split(group or scaled.shape[1], -1)
-    assert pieces[0].shape[1] <= 576
+    assert pieces[0].shape[1] <= 1152
     steps = [piece.abs().amax(-1, keepdim=True) / 127 for piece in pieces]
     rounded = torch.cat([torch.round(piece / step) * step for piece, step in zip(pieces, steps, strict=True)], -1)
     signs = reference.unpack_signs(tensors["weight"][0], torch.float64)
@@ -161,7 +161,7 @@ def test_wide_layers_in_parts_by_rows_and_by_tokens(level: str) -> None:
     torch.manual_seed(0)
     tensors = make(1, 4, 4096, 300, None, True, False)
     tiles = native.tile(tensors["weight"])
-    for tokens in (1, 3, 40):
+    for tokens in (1, 3, 5, 8, 9, 17, 40):
         x = torch.randn(tokens, 4096)
         y = packed_linear(x, **tensors, tiles=tiles)
         assert relative_error(y, exact(x, tensors)) < 1e-4
@@ -179,7 +179,7 @@ def test_int8_sums(level: str, n_in: int, group: int | None) -> None:
     native.use_isa(level)
     torch.manual_seed(n_in)
     tensors = make(1, 1, n_in, 130, group, True, False)
-    for tokens in (1, 2, 3, 4, 19):
+    for tokens in (1, 2, 3, 4, 9, 19):
         x = torch.randn(tokens, n_in)
         y = packed_linear(x, **tensors, int8=True)
         # Sums that lie half way between two steps fall to either side: a few of tens of thousands.
@@ -206,7 +206,7 @@ def test_outliers_keep_their_neighbours(level: str) -> None:
     native.use_isa(level)
     torch.manual_seed(0)
     tensors = make(1, 1, 2048, 200, None, False, False)
-    for tokens in (3, 40):
+    for tokens in (3, 5, 8, 12, 40):
         x = torch.randn(tokens, 2048)
         x[: tokens // 2 + 1, ::100] *= 20
         assert relative_error(packed_linear(x, **tensors), exact(x, tensors)) < 1e-4
