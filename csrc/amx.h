@@ -29,7 +29,8 @@ struct alignas(64) Shapes {
   }
 };
 
-// All eight tiles are this thread's for as long as it lives: left sides, and sums, of `left` rows, which take as long as there are. Not to be nested; nothing else that uses tiles may be called meanwhile.
+// All eight tiles are this thread's for as long as it lives. Not to be nested; nothing else that uses tiles may be called meanwhile. Few rows on the left save
+// loading them: a product with another right side takes 16 cycles all the same.
 class Tiles {
  public:
   explicit Tiles(int64_t left = kRows, int rights = 6) {
