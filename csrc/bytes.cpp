@@ -71,7 +71,7 @@ BIMOS_AVX512 void product_of(const uint8_t* tiles, const float* scale, const Pla
   owed.to_steps = floats;
   owed.stride_before = owed.stride = kPart;
   owed.to = sums_so_far;
-  const amx::Tiles all(kPaired ? 2 * tokens : std::min(kTile, tokens), kRights<kLeft>);
+  const amx::Tiles all(kPaired ? 2 * tokens : kTile, kRights<kLeft>);
   for (int64_t strip = first / kStrip; strip * kStrip < last; ++strip) {
     for (int64_t unit = 0; unit < units; ++unit) {
       for (int64_t part = 0; part < kParts; ++part) {

@@ -40,7 +40,7 @@ BIMOS_AVX512 void product_of(const Plane& plane, int64_t first, int64_t last, co
   owed.stride_before = kStrip;
   owed.experts = experts;
   owed.grouped = plane.grouped;
-  const amx::Tiles all(kPaired ? 2 * tokens : std::min(kTile, tokens), kRights<kLeft>);
+  const amx::Tiles all(kPaired ? 2 * tokens : kTile, kRights<kLeft>);
   Signs<kColumns> signs(bytes_of_signs, plane, places, place_count, units, first * 64, last * 64);
   int64_t depth = 0;  // of all so far
   for (int64_t row = first * 64; row < last * 64; row += kStrip) {

@@ -3,10 +3,11 @@
 
 #include "matrices_owed.h"
 
+#ifdef BIMOS_X86
 namespace bimos::matrices {
 namespace {
 
-// The first of the tiles that are right sides.
+// The first of the tiles that are right sides. All have 16 rows where both digits are not in one: pieces without a third digit take tile 6 for a right side.
 template <int kLeft>
 constexpr int kRights = kLeft == 3 ? 7 : kLeft == 2 ? 6 : 5;
 
@@ -99,3 +100,4 @@ inline bool any_is_fine(const float* steps, int64_t floats, int64_t tiles, int64
 
 }  // namespace
 }  // namespace bimos::matrices
+#endif

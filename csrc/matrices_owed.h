@@ -3,6 +3,7 @@
 
 #include "pieces.h"
 
+#ifdef BIMOS_X86
 namespace bimos::matrices {
 namespace {
 
@@ -67,3 +68,4 @@ struct Owed {
 
 }  // namespace
 }  // namespace bimos::matrices
+#endif

@@ -3,6 +3,7 @@
 
 #include "matrices_owed.h"
 
+#ifdef BIMOS_X86
 namespace bimos::matrices {
 namespace {
 
@@ -140,3 +141,4 @@ class Signs {
 
 }  // namespace
 }  // namespace bimos::matrices
+#endif

@@ -210,6 +210,9 @@ def test_outliers_keep_their_neighbours(level: str) -> None:
         x = torch.randn(tokens, 2048)
         x[: tokens // 2 + 1, ::100] *= 20
         assert relative_error(packed_linear(x, **tensors), exact(x, tensors)) < 1e-4
+        in_one_piece = torch.randn(tokens, 2048)  # of those that share a step
+        in_one_piece[0, 7] *= 100
+        assert relative_error(packed_linear(in_one_piece, **tensors), exact(in_one_piece, tensors)) < 1e-4
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
