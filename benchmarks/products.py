@@ -4,8 +4,9 @@
     BIMOS_ISA=avx2 python benchmarks/products.py
 
 A BinaryMoS layer with 4 experts, bfloat16 activations. The two take turns, and each figure is a median, so that what else the
-machine does meets both. "hot" is the second of two calls; "cold" goes through copies of the weights that together exceed the last
-cache; there the bytes of the planes a second are set against the machine's read bandwidth, measured in between in the same way.
+machine does meets both. What is timed is the second of two calls. "hot": of the same weights; "cold": of others, of copies that together
+exceed the last cache, so that weights come from memory and only the code is near, as it is in a model that goes through its layers. There
+the bytes of the planes a second are set against the machine's read bandwidth, measured in between in the same way.
 """
 
 from __future__ import annotations
@@ -41,16 +42,15 @@ def layer(n_in: int, n_out: int) -> PackedLinear:
     return PackedLinear.from_tensors(tensors)
 
 
-def in_turns(functions: dict[str, Callable[[], Any]], seconds: float = 0.6, warm: bool = True) -> dict[str, float]:
-    """Median microseconds of every function, one after the other for `seconds`, 15 times at least; `warm`: of the second of two calls."""
+def in_turns(functions: dict[str, Callable[[], Any]], seconds: float = 0.6) -> dict[str, float]:
+    """Median microseconds of the second of two calls of every function, one after the other for `seconds`, 15 times at least."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < 15:
         for name, function in functions.items():
-            if warm:
-                function()
+            function()
             start = time.perf_counter()
             function()
             times[name].append((time.perf_counter() - start) * 1e6)
@@ -77,9 +77,7 @@ def cold(n_in: int, n_out: int) -> dict[str, float]:
     for packed in layers:
         packed(x)
     turn, weights = itertools.cycle(layers), itertools.cycle(dense)
-    times = in_turns(
-        {"packed_us": lambda: next(turn)(x), "bfloat16_us": lambda: F.linear(x, next(weights)), "read_us": wide.sum}, 8, warm=False
-    )
+    times = in_turns({"packed_us": lambda: next(turn)(x), "bfloat16_us": lambda: F.linear(x, next(weights)), "read_us": wide.sum}, 8)
     bandwidth = COLD_BYTES / times.pop("read_us") / 1e3
     return times | {
         "speedup": times["bfloat16_us"] / times["packed_us"],

@@ -23,6 +23,7 @@ using Words = uint32_t __attribute__((vector_size(4 * kWidth)));
 using Halves = uint16_t __attribute__((vector_size(2 * kWidth)));
 using Chars = int8_t __attribute__((vector_size(kWidth)));
 using Integers = int32_t __attribute__((vector_size(4 * kWidth)));
+using Longs = uint64_t __attribute__((vector_size(8 * kWidth)));
 
 BIMOS_INLINE Floats spread(float value) { return Floats{} + value; }
 
@@ -54,6 +55,33 @@ BIMOS_INLINE Floats load(const int8_t* from, int64_t count) {
   Chars bytes{};
   copy(from, &bytes, count);
   return __builtin_convertvector(__builtin_convertvector(bytes, Integers), Floats);
+}
+
+// Two vectors of values that follow each other.
+struct Pair {
+  Floats first, second;
+};
+
+BIMOS_INLINE Pair load_pair(const float* from) { return {load(from, kWidth), load(from + kWidth, kWidth)}; }
+BIMOS_INLINE Pair load_pair(const int8_t* from) { return {load(from, kWidth), load(from + kWidth, kWidth)}; }
+
+// In turns: one value to the first, the next to the second. So a word of two bfloat16 becomes two float32 by a shift and a mask.
+BIMOS_INLINE Pair load_turns(const uint16_t* from) {
+  Words words;
+  std::memcpy(&words, from, sizeof(words));
+  return {std::bit_cast<Floats>(words << 16), std::bit_cast<Floats>(words & 0xffff0000)};
+}
+
+BIMOS_INLINE Pair load_turns(const float* from) {
+  Longs longs;
+  std::memcpy(&longs, from, sizeof(longs));
+  return {std::bit_cast<Floats>(__builtin_convertvector(longs, Words)), std::bit_cast<Floats>(__builtin_convertvector(longs >> 32, Words))};
+}
+
+BIMOS_INLINE void store_turns(Pair pair, float* to) {
+  const Longs first = __builtin_convertvector(std::bit_cast<Words>(pair.first), Longs), second = __builtin_convertvector(std::bit_cast<Words>(pair.second), Longs);
+  const Longs both = first | second << 32;
+  std::memcpy(to, &both, sizeof(both));
 }
 
 BIMOS_INLINE void store(Floats values, float* to, int64_t count) { copy(&values, to, count); }
@@ -92,16 +120,22 @@ BIMOS_INLINE Floats exponential(Floats x) {
   return x < kLeast ? Floats{} : sum * power;
 }
 
+// One value of all lanes: halves are laid on each other until one is left.
+template <typename Join>
+BIMOS_INLINE float folded(Floats values, Join join) {
+  float lanes[kWidth];
+  std::memcpy(lanes, &values, sizeof(values));
+  for (int half = kWidth / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = join(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+
 BIMOS_INLINE float largest_of(Floats values) {
-  float most = values[0];
-  for (int i = 1; i < kWidth; ++i) most = values[i] > most ? values[i] : most;
-  return most;
+  return folded(values, [](float a, float b) BIMOS_ALWAYS { return a > b ? a : b; });
 }
 
 BIMOS_INLINE float sum_of(Floats values) {
-  float sum = 0;
-  for (int i = 0; i < kWidth; ++i) sum += values[i];
-  return sum;
+  return folded(values, [](float a, float b) BIMOS_ALWAYS { return a + b; });
 }
 
 // The sums of as many vectors as a vector has lanes, one a lane: halves of two are laid side by side and added, again and again.

@@ -18,7 +18,7 @@ struct Attention {
   Cache keys, values;
   int64_t first, last;  // positions that are seen
   float scale;          // of the scores
-  float* scores;        // room for heads * (last - first)
+  float* scores;        // room for heads * (last - first + n)
 };
 
 struct Maths {

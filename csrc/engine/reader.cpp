@@ -198,10 +198,11 @@ void Reader::block(Work& work, const Block& block, int64_t index, int rank) {
   work.meet();
 
   const float scale = 1.0F / std::sqrt(static_cast<float>(shape.head));
+  const auto seen_by = [&](const Token& token) { return block.window > 0 ? std::min(block.window, token.position + 1) : token.position + 1; };
   const auto attend = [&](int64_t t, Range queries) {
     const Token& token = work.tokens[static_cast<size_t>(t)];
-    const int64_t last = token.position + 1, first = block.window > 0 ? std::max<int64_t>(0, last - block.window) : 0;
-    float* scores = at_least(scores_buffer, maths::kHeads * (last - first));
+    const int64_t last = token.position + 1, first = last - seen_by(token);
+    float* scores = at_least(scores_buffer, maths::kHeads * (last - first + shape.head));
     for (int64_t h = queries.begin, next = 0; h < queries.end; h = next) {
       next = std::min({queries.end, (h / group + 1) * group, h + maths::kHeads});  // heads that share a head of keys
       const int64_t at = t * heads + h * shape.head;
@@ -236,8 +237,15 @@ void Reader::block(Work& work, const Block& block, int64_t index, int rank) {
       }
     }
   } else {
-    const Range queries = share(shape.heads, rank, work.size());
-    for (int64_t t = own.begin; t < own.end; ++t) attend(t, queries);
+    // Tokens' heads, one token after the other: every rank takes as many positions as the others.
+    int64_t all = 0, before = 0;
+    for (const Token& token : work.tokens) all += seen_by(token);
+    for (int64_t t = own.begin; t < own.end; ++t) {
+      const int64_t seen = seen_by(work.tokens[static_cast<size_t>(t)]);
+      const auto head_at = [&](int at) { return std::clamp<int64_t>((all * shape.heads * at / work.size() - before) / seen, 0, shape.heads); };
+      attend(t, {head_at(rank), head_at(rank + 1)});
+      before += seen * shape.heads;
+    }
   }
   mark(Part::attention);
   work.meet();

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../divergence.h"
+#include "../dual.h"
 #include "../flash.h"
 #include "../group8.h"
 #include "../int16.h"
@@ -61,6 +62,19 @@ Results gates(int64_t n) {
     bimos::silu::functions_for(level).forward(given, 0, n);
     bimos::silu::functions_for(level).backward(given, 0, n);
     return joined({&y, &of_gate, &of_up});
+  };
+}
+
+Results dual_weights(int64_t in, bool in_steps) {
+  return [=](const char* level) {
+    constexpr int64_t out = 3, group = 50;
+    const int64_t groups = (in + group - 1) / group;
+    const Floats latent = random_floats(out * in, 1), scale = random_floats(2 * out * groups, 2), grad = random_floats(out * in, 3);
+    Floats weight(latent.size()), of_latent(latent.size()), of_scale(scale.size());
+    const bimos::dual::Weights given{in, out, group, in_steps, true, latent.data(), scale.data(), weight.data(), grad.data(), of_latent.data(), of_scale.data()};
+    bimos::dual::functions_for(level).forward(given, 0, out);
+    bimos::dual::functions_for(level).backward(given, 0, out);
+    return joined({&weight, &of_latent, &of_scale});
   };
 }
 
@@ -195,6 +209,8 @@ double training_difference(const char* level) {
     see(norms(n));
     see(gates(n));
     see(divergences(n + 1));
+    see(dual_weights(n, true));
+    see(dual_weights(n, false));
     for (const int64_t experts : {1, 2, 4, 8}) {
       see(mixes(n, experts, false));
       if (experts > 1) see(mixes(n, experts, true));

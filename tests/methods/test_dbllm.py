@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimos.errors import BimosError
+from bimos.kernels import native
 from bimos.methods import InputStatistics, method_config
 from bimos.methods.compensation import DAMPING
 from bimos.methods.dbllm import DBLLMConfig, DualBinary, DualBinaryLinear, step_of
@@ -60,6 +61,41 @@ def test_rule_is_that_of_the_paper(n_in: int, size: int) -> None:
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other)
     assert (got[0] == 0).any() and (got[0] != 0).any()  # some beyond the outer levels
+
+
+@pytest.mark.parametrize(("rows", "n_in", "size"), [(1, 8, 8), (7, 40, 16), (5, 200, 64), (300, 136, 128), (3, 24, 64), (4, 31, 5)])
+@pytest.mark.parametrize("in_steps", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernel_gives_what_torch_gives(
+    rows: int, n_in: int, size: int, in_steps: bool, dtype: torch.dtype, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(n_in)
+    scale = torch.randn(2, rows, -(-n_in // size))  # some pairs out of order, as training may leave them
+    scale[:, 0, 0] = 0
+    latent, grad = torch.randn(rows, n_in).contiguous(), torch.randn(n_in, rows).T.to(dtype)
+    latent[-1, -1], scale[0, -1, -1] = torch.nan, scale[0, -1, -1] if rows < 7 else torch.nan
+
+    def answers() -> tuple[Tensor, ...]:
+        leaves = latent.clone().requires_grad_(), scale.clone().requires_grad_()
+        weight = DualBinary.apply(*leaves, size, in_steps, dtype)
+        return (weight.detach(), *torch.autograd.grad(weight, leaves, grad))
+
+    got = answers()
+    monkeypatch.setattr(native, "covers", lambda *_: False)
+    expected = answers()
+    assert got[0].dtype == dtype
+    for one, other in zip(got[:2], expected[:2], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(got[2], expected[2], rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_kernel_refuses_what_does_not_fit(level: str) -> None:
+    if level == "reference":
+        pytest.skip("not built")
+    with pytest.raises(RuntimeError, match="scales do not fit"):
+        torch.ops.bimos.dual_weight(torch.ones(2, 8), torch.ones(2, 2, 3), 4, True, False)
+    with pytest.raises(RuntimeError, match="a gradient of another"):
+        torch.ops.bimos.dual_weight_backward(torch.ones(8, 2), torch.ones(2, 8), torch.ones(2, 2, 2), 4, True)
 
 
 def test_latents_in_steps_are_weights_in_other_units() -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimos.errors import BimosError
+from bimos.kernels import native
 from bimos.methods.base import InputStatistics, MethodConfig, StoredTensor, TrainableLinear, bias_layout, plane_layout, register
 from bimos.methods.lattice import dual_bits, dual_fit, into_cells
 from bimos.methods.ste import compute_dtype
@@ -28,13 +29,17 @@ from bimos.packing.groups import by_input, count_groups
 class DualBinary(torch.autograd.Function):
     """`a1 b1 + a2 b2` of latents `[out, in]` and scales `[2, out, groups]`, with the gradients of the straight-through rule.
 
-    Latents are weights, or weights in steps of their group (`step_of`): steps are no part of the gradient of the scales.
+    Latents are weights, or weights in steps of their group (`step_of`): steps are no part of the gradient of the scales. On a CPU a pass over
+    the latents makes the weights, and one more all gradients (`csrc/dual.cpp`).
     """
 
     @staticmethod
     def forward(ctx: Any, latent: Tensor, scale: Tensor, group_size: int, in_steps: bool, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(latent, scale)
         ctx.options = group_size, in_steps
+        if native.covers(latent, scale) and latent.dtype == torch.float32 and dtype in native.TRAINED:
+            made: Tensor = torch.ops.bimos.dual_weight(latent, scale, group_size, in_steps, dtype == torch.bfloat16)
+            return made
         weight = torch.empty(latent.shape, dtype=dtype, device=latent.device)
         for columns, groups in _parts(latent.shape[1], group_size):
             first, second = scale[:, :, groups, None]
@@ -46,6 +51,8 @@ class DualBinary(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         latent, scale = ctx.saved_tensors
         group_size, in_steps = ctx.options
+        if native.covers(latent, scale) and latent.dtype == torch.float32 and native.covers(grad):
+            return (*torch.ops.bimos.dual_weight_backward(grad, latent, scale, group_size, in_steps), None, None, None)
         of_latent, of_scale = torch.empty_like(latent), torch.empty_like(scale)
         for columns, groups in _parts(latent.shape[1], group_size):
             first, second = scale[:, :, groups, None]
