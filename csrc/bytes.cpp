@@ -112,12 +112,14 @@ BIMOS_AVX512 void product_of(const uint8_t* tiles, const float* scale, const Pla
 constexpr int64_t kFew = 4;  // tokens, by vectors
 
 // What kDigits digits of kCount tokens add to the sums of 64 rows over a piece. `digits` are the bytes of the first one of the first token; those of the next
-// token follow 64 bytes on, the second digits behind all tokens' first. A row is multiplied by both at once, so that memory is never idle.
+// token follow 64 bytes on, the second digits behind all tokens' first; the third ones are `apart` bytes behind the first. A row is multiplied by all at
+// once where registers suffice: while it is read again, memory is idle.
 template <int kCount, int kDigits>
-BIMOS_AVX512 BIMOS_INLINE void add_digits(const uint8_t* sides, const uint8_t* digits, int64_t depths, float factor, const float* steps,
+BIMOS_AVX512 BIMOS_INLINE void add_digits(const uint8_t* sides, const uint8_t* digits, int64_t apart, int64_t depths, float factor, const float* steps,
                                           __m512 (*sums)[bytes::kColumns]) {
   const __m512i flip = _mm512_set1_epi8(-128);  // to bytes + 128, unsigned
   constexpr int kLines = kCount * kDigits, kTogether = kLines > 4 ? 2 : 4;  // columns, whose sums are in registers
+  const auto line_at = [apart](int l) BIMOS_ALWAYS { return l < 2 * kCount ? l * kDepth : apart + (l - 2 * kCount) * kDepth; };
   for (int first = 0; first < bytes::kColumns; first += kTogether) {
     __m512i whole[kLines][kTogether], all[kLines];
     for (int l = 0; l < kLines; ++l) {
@@ -135,12 +137,12 @@ BIMOS_AVX512 BIMOS_INLINE void add_digits(const uint8_t* sides, const uint8_t* d
         }
         for (int l = 0; l < kLines; ++l) {
           int32_t four = 0;
-          std::memcpy(&four, line + l * kDepth + 4 * word, 4);
+          std::memcpy(&four, line + line_at(l) + 4 * word, 4);
           const __m512i inputs = _mm512_set1_epi32(four);
           for (int c = 0; c < kTogether; ++c) whole[l][c] = _mm512_dpbusd_epi32(whole[l][c], positive[c], inputs);
         }
       }
-      for (int l = 0; l < kLines; ++l) all[l] = _mm512_dpbusd_epi32(all[l], flip, _mm512_load_si512(line + l * kDepth));
+      for (int l = 0; l < kLines; ++l) all[l] = _mm512_dpbusd_epi32(all[l], flip, _mm512_load_si512(line + line_at(l)));
     }
     for (int t = 0; t < kCount; ++t) {
       for (int c = 0; c < kTogether; ++c) {
@@ -169,8 +171,13 @@ BIMOS_AVX512 void product_of_few(const uint8_t* tiles, const float* scale, const
       const uint8_t* sides = tiles + row / kStrip * strip_bytes(plane.in) + piece * pieces.most_depths() * bytes::kColumns * kSide;
       const uint8_t* high = left + piece * apart * numbers_of(plane);
       const int64_t depths = pieces.depths(piece);
-      add_digits<kCount, 2>(sides, high, depths, 1, steps + piece * kTile, sums);
-      if (steps[count * kTile + piece] != 0) add_digits<kCount, 1>(sides, high + apart, depths, 1.0F / 256, steps + piece * kTile, sums);
+      const bool is_fine = steps[count * kTile + piece] != 0;
+      if (kCount <= 2 && is_fine) {
+        add_digits<kCount, 3>(sides, high, apart, depths, 1.0F / 256, steps + piece * kTile, sums);
+      } else {
+        add_digits<kCount, 2>(sides, high, apart, depths, 1, steps + piece * kTile, sums);
+        if (is_fine) add_digits<kCount, 1>(sides, high + apart, apart, depths, 1.0F / 256, steps + piece * kTile, sums);
+      }
     }
     for (int64_t c = 0; c < bytes::kColumns && row + c * kSixteen < last; ++c) {
       const __mmask16 mask = lanes(last - row - c * kSixteen);
