@@ -9,22 +9,23 @@
 namespace bimos::dual {
 namespace {
 
-BIMOS_INLINE Floats when(Integers mask) { return mask ? spread(1) : Floats{}; }
+// Comparisons are used where they are made: as an argument, GCC 12 takes them apart lane by lane.
+BIMOS_INLINE Floats at_least(Floats value, Floats least) { return value >= least ? spread(1) : Floats{}; }  // 1 or 0; 0 of NaN
 
 struct Group {
   float first, second, middle, half, step;  // step 1 where latents are weights
-
-  struct Bits {
-    Floats one, two;  // 0 or 1
-  };
-
-  BIMOS_INLINE Bits bits(Floats weight) const {
-    const Floats one = when((weight - middle) * first >= 0.0F);
-    return {one, when((weight - one * first - half) * second >= 0.0F)};
-  }
 };
 
-// `run(group, row, start, end)` for every group of inputs of a row.
+struct Bits {
+  Floats one, two;  // 0 or 1
+};
+
+BIMOS_INLINE Bits bits_of(const Group& group, Floats weight) {
+  const Floats one = at_least((weight - group.middle) * group.first, Floats{});
+  return {one, at_least((weight - one * group.first - group.half) * group.second, Floats{})};
+}
+
+// `run(group, its number, start, end)` for every group of inputs of a row.
 template <typename Run>
 BIMOS_INLINE void groups(const Weights& weights, int64_t row, Run run) {
   const int64_t count = weights.groups();
@@ -42,7 +43,7 @@ BIMOS_INLINE void forward_of(const Weights& weights, int64_t row) {
   T* out = static_cast<T*>(weights.weight) + row * weights.in;
   groups(weights, row, [&](const Group& group, int64_t, int64_t start, int64_t end) BIMOS_ALWAYS {
     vectors(end - start, [&](int64_t j, int64_t count) BIMOS_ALWAYS {
-      const Group::Bits bits = group.bits(load(latent + start + j, count) * group.step);
+      const Bits bits = bits_of(group, load(latent + start + j, count) * group.step);
       store(bits.one * group.first + bits.two * group.second, out + start + j, count);
     });
   });
@@ -60,11 +61,10 @@ BIMOS_INLINE void backward_of(const Weights& weights, int64_t row) {
     Floats of_first{}, of_second{};
     vectors(end - start, [&](int64_t j, int64_t count) BIMOS_ALWAYS {
       const Floats weight = load(latent + start + j, count) * group.step, given = load(grad + start + j, count);
-      const Group::Bits bits = group.bits(weight);
+      const Bits bits = bits_of(group, weight);
       of_first += given * bits.one;
       of_second += given * bits.two;
-      const Floats inside = when(weight >= lowest) * when(weight <= highest);
-      store(given * inside * group.step, of_latent + start + j, count);
+      store(given * at_least(weight, spread(lowest)) * at_least(spread(highest), weight) * group.step, of_latent + start + j, count);
     });
     weights.of_scale[row * count_of_groups + g] = sum_of(of_first);
     weights.of_scale[(weights.out + row) * count_of_groups + g] = sum_of(of_second);
