@@ -63,10 +63,11 @@ def teacher_answers(model: Any, prompts: Sequence[list[int]], sampling: Sampling
     stop = model.generation_config.eos_token_id
     stops = stop if isinstance(stop, list) else [stop]
     longest = max(map(len, prompts))
-    ids = torch.tensor([[stops[0]] * (longest - len(prompt)) + prompt for prompt in prompts])
+    # A prompt's own first token on its left: what stands there is penalised as a repetition, though nothing attends to it.
+    ids = torch.tensor([prompt[:1] * (longest - len(prompt)) + prompt for prompt in prompts])
     seen = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.no_grad():
-        output = model.generate(input_ids=ids, attention_mask=seen, pad_token_id=stops[0], **sampling.arguments())[:, longest:]
+        output = model.generate(input_ids=ids, attention_mask=seen, **sampling.arguments())[:, longest:]
     answers = []
     for said in output.tolist():
         end = next((i for i, token in enumerate(said) if token in stops), sampling.max_new_tokens)

@@ -1,4 +1,4 @@
-// What the vector unit has to do with sums of the matrix unit. For matrices.cpp alone.
+// What the vector unit has to do with sums of the matrix unit. For matrices_multiply.h alone.
 #pragma once
 
 #include "pieces.h"

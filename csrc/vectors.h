@@ -23,6 +23,7 @@ using Words = uint32_t __attribute__((vector_size(4 * kWidth)));
 using Halves = uint16_t __attribute__((vector_size(2 * kWidth)));
 using Chars = int8_t __attribute__((vector_size(kWidth)));
 using Integers = int32_t __attribute__((vector_size(4 * kWidth)));
+// Two vectors, as words of 64 bits: for what is laid out once, not for inner loops.
 using Longs = uint64_t __attribute__((vector_size(8 * kWidth)));
 
 BIMOS_INLINE Floats spread(float value) { return Floats{} + value; }
@@ -79,7 +80,8 @@ BIMOS_INLINE Pair load_turns(const float* from) {
 }
 
 BIMOS_INLINE void store_turns(Pair pair, float* to) {
-  const Longs first = __builtin_convertvector(std::bit_cast<Words>(pair.first), Longs), second = __builtin_convertvector(std::bit_cast<Words>(pair.second), Longs);
+  const Longs first = __builtin_convertvector(std::bit_cast<Words>(pair.first), Longs);
+  const Longs second = __builtin_convertvector(std::bit_cast<Words>(pair.second), Longs);
   const Longs both = first | second << 32;
   std::memcpy(to, &both, sizeof(both));
 }
@@ -120,22 +122,30 @@ BIMOS_INLINE Floats exponential(Floats x) {
   return x < kLeast ? Floats{} : sum * power;
 }
 
-// One value of all lanes: halves are laid on each other until one is left.
+// One value of all lanes: halves are laid on each other until one is left. `join` takes vectors of any width.
 template <typename Join>
 BIMOS_INLINE float folded(Floats values, Join join) {
-  float lanes[kWidth];
-  std::memcpy(lanes, &values, sizeof(values));
-  for (int half = kWidth / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = join(lanes[i], lanes[i + half]);
-  return lanes[0];
+#if BIMOS_WIDTH == 16
+  const auto low = __builtin_shufflevector(values, values, 0, 1, 2, 3, 4, 5, 6, 7);
+  const auto eight = join(low, __builtin_shufflevector(values, values, 8, 9, 10, 11, 12, 13, 14, 15));
+#else
+  const auto eight = values;
+#endif
+#if BIMOS_WIDTH >= 8
+  const auto four = join(__builtin_shufflevector(eight, eight, 0, 1, 2, 3), __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
+#else
+  const auto four = eight;
+#endif
+  const auto two = join(four, __builtin_shufflevector(four, four, 2, 3, 0, 1));
+  return join(two, __builtin_shufflevector(two, two, 1, 0, 3, 2))[0];
 }
 
 BIMOS_INLINE float largest_of(Floats values) {
-  return folded(values, [](float a, float b) BIMOS_ALWAYS { return a > b ? a : b; });
+  return folded(values, [](auto a, auto b) BIMOS_ALWAYS { return a > b ? a : b; });
 }
 
 BIMOS_INLINE float sum_of(Floats values) {
-  return folded(values, [](float a, float b) BIMOS_ALWAYS { return a + b; });
+  return folded(values, [](auto a, auto b) BIMOS_ALWAYS { return a + b; });
 }
 
 // The sums of as many vectors as a vector has lanes, one a lane: halves of two are laid side by side and added, again and again.

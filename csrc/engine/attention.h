@@ -42,7 +42,7 @@ struct Cached {
   }
 };
 
-constexpr int64_t kAhead = 32;  // positions
+constexpr int64_t kPositionsAhead = 32;
 
 // scores[h][p] = q_h k_p * scale, as many positions at a time as a vector has lanes. Meanwhile the values are brought near.
 template <int kCount, typename T>
@@ -63,7 +63,7 @@ BIMOS_INLINE void score(const Attention& a, Cached<T> keys, Cached<T> values) {
       Floats sums[kCount] = {};
       const int64_t row = (p + i) * n;
       const float* query = queries;
-      if (p + i + kAhead < a.last) keys.fetch(row + kAhead * n, n);
+      if (p + i + kPositionsAhead < a.last) keys.fetch(row + kPositionsAhead * n, n);
       values.fetch(row, n);
       for (int64_t j = 0; j < whole; j += 2 * kWidth) {
         const Pair key = keys.pair(row + j);

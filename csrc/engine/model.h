@@ -80,6 +80,8 @@ class Sequence {
   Store keys_, values_;
 };
 
+constexpr int64_t kChunk = 128;  // tokens that go through the blocks together, at most
+
 // One token to read: its sequence, its position there, and where its logits go (null: nobody asks for them).
 struct Token {
   int64_t id;

@@ -15,8 +15,6 @@
 namespace bimos {
 namespace {
 
-constexpr int64_t kChunk = 128;  // tokens that go through the blocks together
-
 struct Told {
   std::unique_ptr<Sequence> sequence;
   std::vector<int64_t> ids;

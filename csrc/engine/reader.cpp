@@ -151,8 +151,9 @@ void Reader::read(const std::vector<Token>& tokens) {
       sine_[static_cast<size_t>(t * half + j)] = std::sin(angle) * shape.rope_scale;
     }
   }
-  const int64_t many = used.has_matrices ? matrices::kTile : kTokens;  // that leave no part of a tile, or of a pass over a table, empty
-  Work work{*this, used, maths::maths_for(used.name), tokens, count >= many * team_.size(), {}};
+  // So many that no part of a tile, or of a pass over a table, is left empty; or as many as there ever are.
+  const int64_t many = std::min((used.has_matrices ? matrices::kTile : kTokens) * team_.size(), kChunk);
+  Work work{*this, used, maths::maths_for(used.name), tokens, count >= many, {}};
   if (work.by_tokens) work.runs = runs_of(tokens);
   team_.run(rank_main, &work);
   for (const Token& token : tokens) token.sequence->extend(token.position + 1);

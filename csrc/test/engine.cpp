@@ -64,7 +64,7 @@ Results attention(int heads, int64_t positions, int64_t n, bool is_int8) {
     Remembered keys = remembered("scalar", random_floats(positions * n, 1), n, is_int8);
     Remembered values = remembered("scalar", random_floats(positions * n, 2), n, is_int8);
     const Floats query = random_floats(heads * n, 3);
-    Floats out(query.size()), scores(static_cast<size_t>(heads * positions + 16));
+    Floats out(query.size()), scores(static_cast<size_t>(heads * (positions + n)));
     const int64_t first = positions / 3;  // the start of a window
     maths::maths_for(level).attend({query.data(), out.data(), heads, n, n, keys.cache(), values.cache(), first, positions, 0.2F, scores.data()});
     return out;

@@ -122,7 +122,7 @@ int main(int argc, char** argv) {
     double worst = 0;
     for (const int64_t in : {8, 40, 576, 1536})
       for (const int64_t out : {1, 33, 192})
-        for (const int64_t tokens : {1, 2, 3, 9, 19, 40}) worst = std::max(worst, error_of(bimos::level(), in, out, tokens));
+        for (const int64_t tokens : {1, 2, 3, 6, 9, 19, 40}) worst = std::max(worst, error_of(bimos::level(), in, out, tokens));
     for (const int64_t n : {1, 40, 576, 5000})
       for (const int64_t count : {1, 17, 64})
         for (const int tokens : {1, 2, 3, 4})

@@ -37,7 +37,7 @@ class DualBinary(torch.autograd.Function):
     def forward(ctx: Any, latent: Tensor, scale: Tensor, group_size: int, in_steps: bool, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(latent, scale)
         ctx.options = group_size, in_steps
-        if native.covers(latent, scale) and latent.dtype == torch.float32 and dtype in native.TRAINED:
+        if _is_covered(latent, scale) and dtype in native.TRAINED:
             made: Tensor = torch.ops.bimos.dual_weight(latent, scale, group_size, in_steps, dtype == torch.bfloat16)
             return made
         weight = torch.empty(latent.shape, dtype=dtype, device=latent.device)
@@ -51,7 +51,7 @@ class DualBinary(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         latent, scale = ctx.saved_tensors
         group_size, in_steps = ctx.options
-        if native.covers(latent, scale) and latent.dtype == torch.float32 and native.covers(grad):
+        if _is_covered(latent, scale) and native.covers(grad):
             return (*torch.ops.bimos.dual_weight_backward(grad, latent, scale, group_size, in_steps), None, None, None)
         of_latent, of_scale = torch.empty_like(latent), torch.empty_like(scale)
         for columns, groups in _parts(latent.shape[1], group_size):
@@ -64,6 +64,10 @@ class DualBinary(torch.autograd.Function):
             g = g * ((weight >= lowest) & (weight <= highest))
             of_latent[:, columns] = (g * step_of(scale[:, :, groups])[..., None] if in_steps else g).flatten(1)
         return of_latent, of_scale, None, None, None
+
+
+def _is_covered(latent: Tensor, scale: Tensor) -> bool:
+    return native.covers(latent, scale) and latent.dtype == torch.float32 and not torch.compiler.is_compiling()
 
 
 def step_of(scale: Tensor) -> Tensor:
