@@ -29,8 +29,8 @@ from bimos.packing.groups import by_input, count_groups
 class DualBinary(torch.autograd.Function):
     """`a1 b1 + a2 b2` of latents `[out, in]` and scales `[2, out, groups]`, with the gradients of the straight-through rule.
 
-    Latents are weights, or weights in steps of their group (`step_of`): steps are no part of the gradient of the scales. On a CPU a pass over
-    the latents makes the weights, and one more all gradients (`csrc/dual.cpp`).
+    Latents are weights, or weights in steps of their group (`step_of`): steps are no part of the gradient of the scales. On a CPU one pass
+    over the latents makes the weights, and one more all gradients (`csrc/dual.cpp`).
     """
 
     @staticmethod
