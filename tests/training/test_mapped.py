@@ -89,7 +89,7 @@ def test_large_blocks_in_turn(
         monkeypatch.setattr(optimizer, "LARGE", max(1, large))
         results.append(run(model, tmp_path / name, options(text_file, low_memory=True))["stages"][0])
     for name in ("loss_first", "loss_last"):
-        assert results[1][name] == pytest.approx(results[0][name], rel=0.05)
+        assert results[1][name] == pytest.approx(results[0][name], rel=0.1)
     assert tensors(tmp_path / "large").keys() == tensors(tmp_path / "small").keys()
     assert not list((tmp_path / "large").glob("**/hidden-*"))
 
