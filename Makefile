@@ -74,7 +74,7 @@ sanitize: $(VENV)/.installed-dev  ## the kernels' tests with AddressSanitizer an
 	$(CMAKE) -B build/sanitize -DBIMOS_SANITIZE=ON && $(CMAKE_BUILD) build/sanitize --target native
 	BIMOS_NATIVE=$(CURDIR)/build/sanitize/_native.so ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" $(BIN)/pytest tests/kernels tests/methods/test_mixing.py tests/methods/test_dbllm.py tests/training/test_attention.py \
-		tests/training/test_fused.py tests/training/test_losses.py tests/test_engine.py \
+		tests/training/test_fused.py tests/training/test_losses.py tests/test_engine.py tests/test_engine_head.py \
 		tests/test_direct.py tests/test_fuzzing.py -k "not compile and not starts_without"
 
 fuzz: $(VENV)/.installed-dev  ## damaged checkpoints for the loaders for FUZZ_SECONDS=60, guided by coverage (Linux; atheris)

@@ -88,8 +88,8 @@ def test_large_blocks_in_turn(
         monkeypatch.setattr(blockwise, "LARGE", large)
         monkeypatch.setattr(optimizer, "LARGE", max(1, large))
         results.append(run(model, tmp_path / name, options(text_file, low_memory=True))["stages"][0])
-    for name in ("loss_first", "loss_last"):
-        assert results[1][name] == pytest.approx(results[0][name], rel=0.1)
+    for name, share in (("loss_first", 0.05), ("loss_last", 0.1)):  # training carries what turned further
+        assert results[1][name] == pytest.approx(results[0][name], rel=share)
     assert tensors(tmp_path / "large").keys() == tensors(tmp_path / "small").keys()
     assert not list((tmp_path / "large").glob("**/hidden-*"))
 
