@@ -123,6 +123,11 @@ def test_the_whole_demonstration_on_a_tiny_model(
     assert result["perplexity"][str(assets.held_out)]["teacher"] > 0 and result["samples"]
     assert result["samples"][0]["prompt"] in (model / "report.html").read_text()
     assert CliRunner().invoke(app, ["demo", "-o", str(tmp_path / "demo")]).exit_code == 0  # again, in its own place
+    del result["samples"]  # as if it had been interrupted while they were written
+    (model / "result.json").write_text(json.dumps(result | {"seconds": 123.0}))
+    assert CliRunner().invoke(app, ["demo", "-o", str(tmp_path / "demo")]).exit_code == 0
+    result = json.loads((model / "result.json").read_text())
+    assert result["samples"] and result["seconds"] == 123  # nothing was trained again
     other = tmp_path / "mine" / "model"
     other.mkdir(parents=True)
     (other / "config.json").write_text("{}")

@@ -91,8 +91,10 @@ def run(folder: Path, minutes: float, console: Console | None = None) -> dict[st
     from bimos.evaluation.generation import compare_samples
     from bimos.evaluation.report import write_report
     from bimos.evaluation.versions import write_json
+    from bimos.methods import method_config
     from bimos.models import load_model, load_teacher
     from bimos.quantize import run as quantize
+    from bimos.settling import with_budget
 
     RunConfig.from_dict(settings("self", minutes), "demo")  # refuses minutes that are none before anything is fetched
     if console is not None:
@@ -100,11 +102,14 @@ def run(folder: Path, minutes: float, console: Console | None = None) -> dict[st
     assets = prepare(folder / "assets")
     model = folder / "model"
     config = RunConfig.from_dict(settings(str(assets.train), minutes), "demo")
+    config = with_budget(config, method_config(config.method, config.options))  # as the run will have it
     resume = _interrupted(model, config.to_dict())
     if model.exists() and any(model.iterdir()) and not _is_of_demo(model, str(assets.teacher)):
         raise BimosError(f"'{model}' is not empty and not a model of this demonstration; name another output directory")
     evaluate = [str(assets.held_out)]
-    result = quantize(str(assets.teacher), model, config, resume=resume, overwrite=not resume, console=console, evaluate=evaluate)
+    result = None if resume else _unsampled(model, config.to_dict())
+    if result is None:
+        result = quantize(str(assets.teacher), model, config, resume=resume, overwrite=not resume, console=console, evaluate=evaluate)
     teacher, tokenizer = load_teacher(assets.teacher)
     result["samples"] = compare_samples(teacher, load_model(model), tokenizer)
     write_json(model / "result.json", result)
@@ -120,6 +125,15 @@ def _interrupted(model: Path, config: dict[str, Any]) -> bool:
         return bool(remembered(model) == json.loads(json.dumps(config)))
     except BimosError:
         return False
+
+
+def _unsampled(model: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of a run with exactly this config that was interrupted behind its training, while samples were written."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((model / "result.json").read_text(encoding="utf-8"))
+        if isinstance(found, dict) and found.get("config") == json.loads(json.dumps(config)) and "samples" not in found:
+            return found
+    return None
 
 
 def _is_of_demo(model: Path, teacher: str) -> bool:

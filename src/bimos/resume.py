@@ -21,6 +21,7 @@ from bimos.config import RunConfig
 from bimos.errors import BimosError
 from bimos.evaluation.versions import write_json
 from bimos.packing.checkpoint import recover
+from bimos.training.checkpoints import checkpoints
 from bimos.training.data import TokenStream
 
 WORK = "work"
@@ -120,7 +121,7 @@ def check_same_run(output: Path, known: dict[str, Any], model: str, config: RunC
     if known["model"] != model and not same_path(known["model"], model):
         raise BimosError(f"the run in '{output}' is of model '{known['model']}', not '{model}'; name that model, or use --overwrite")
     before, now = flat(known["config"]), flat(json.loads(json.dumps(config.to_dict())))
-    begun = any((output / WORK / "distill").glob("checkpoint-*"))
+    begun = bool(checkpoints(output / WORK / "distill"))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and (begun or not key.startswith("distill.")):
             raise BimosError(

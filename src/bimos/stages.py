@@ -82,7 +82,8 @@ def train(
         count, distinct = _windows_of_distillation(config)
         cache = _logit_cache(work, min(distinct or count, count), teacher, config, processes)  # its room is taken before the work
         report = reconstruct_blocks(teacher, windows, method, config, work / "blocks", progress, seconds, processes, device)
-        student = uninitialised_student(teacher, method, config.skip)
+        # All latents at once are more than blocks one by one: only what trains them needs the room of a GPU.
+        student = uninitialised_student(teacher, method, config.skip, None if config.distill.enabled else torch.device("cpu"))
         load_blocks(student, work / "blocks")
         stages = [report]
         if config.distill.enabled:
@@ -97,7 +98,11 @@ def train(
             given = student, teacher, data, length, options, budget, work / "distill", progress, cache, config.seed, config.loss
             with kept():  # around all of it: what the trainer holds is free before the heap is given back
                 report = distill(*given, processes)
-            stages.append({**report, "peak_memory_bytes": peak_bytes()})
+            seen = -(-report["tokens"] // length)
+            read = stream.rounds(calibration + (seen if distinct is None else min(seen, distinct)))
+            stages.append(
+                {**report, "peak_memory_bytes": peak_bytes(), "text_rounds": read}
+            )  # how often each text was read; 0: not to its end
     return student, stages  # type: ignore[return-value]
 
 

@@ -33,10 +33,17 @@ def here(job: Job, steps: list[str]) -> None:
 
 @pytest.fixture(scope="session")
 def compare_tiny(teacher_directory: Path, text_file: Path) -> Compare:
-    """`compare_tiny(output, *rows, spawn=, texts=, tasks=, base=, **setting)`."""
+    """`compare_tiny(output, *rows, spawn=, texts=, tasks=, base=, work=, **setting)`."""
 
     def run(
-        output: Path, *specifications: str, spawn: Any = here, texts: Any = None, tasks: Any = (), base: Any = None, **changes: Any
+        output: Path,
+        *specifications: str,
+        spawn: Any = here,
+        texts: Any = None,
+        tasks: Any = (),
+        base: Any = None,
+        work: Any = None,
+        **changes: Any,
     ) -> dict[str, Any]:
         config = RunConfig(**({"data": str(text_file), "tokens": 512} | {key: changes.pop(key) for key in SHARED & changes.keys()}))
         values = {"windows": 2, "tasks": bool(tasks)} | changes
@@ -45,7 +52,7 @@ def compare_tiny(teacher_directory: Path, text_file: Path) -> Compare:
         patch = pytest.MonkeyPatch()
         with patch.context() as patched:
             patched.setattr(module, "SPEED", Runs(prompts=(4,), batches=(1,), tokens=4, repeats=1))
-            return compare(rows, setting, output, texts=texts or [str(text_file)], tasks=tasks, spawn=spawn)
+            return compare(rows, setting, output, texts=texts or [str(text_file)], tasks=tasks, work=work, spawn=spawn)
 
     return run
 

@@ -113,20 +113,31 @@ def test_another_setting_is_refused(compared: Compared, compare_tiny: Compare, t
     refused(compare_tiny, output, ("windows=2", "now it is 3"), windows=3)
 
 
+def test_work_of_another_setting_is_refused(compared: Compared, compare_tiny: Compare, tmp_path: Path) -> None:
+    work, output = copied(compared, tmp_path / "out") / "work", tmp_path / "new"
+    for row in ("fp16", "binarymos:num_experts=2"):
+        refused(compare_tiny, output, ("windows=2", "now it is 3"), row, windows=3, work=work)
+        assert not (output / "setting.json").exists()  # nothing holds the mended command to what was refused
+    result = compare_tiny(output, "fp16", work=work, spawn=lambda job, steps: None)
+    assert by_name(result)["fp16"]["perplexity"] == by_name(compared[0])["fp16"]["perplexity"]
+
+
 def test_a_text_that_has_changed_is_another(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     shutil.copy(text_file, text)
     config = RunConfig(data=str(text), tokens=512)
     (tmp_path / "out").mkdir()
-    Setting.of(str(teacher_directory), config).settle(tmp_path / "out")
+    Setting.of(str(teacher_directory), config).agreed(tmp_path / "out").keep(tmp_path / "out")
     text.write_text("shorter")
     with pytest.raises(BimosError, match="text_bytes"):
-        Setting.of(str(teacher_directory), config).settle(tmp_path / "out")
+        Setting.of(str(teacher_directory), config).agreed(tmp_path / "out")
 
 
 def test_the_limit_is_settled_once_tasks_are_asked_for(tmp_path: Path) -> None:
     def settle(**changes: Any) -> Setting:
-        return Setting("m", "d", 512, None, **changes).settle(tmp_path)
+        found = Setting("m", "d", 512, None, **changes).agreed(tmp_path)
+        found.keep(tmp_path)
+        return found
 
     assert settle().limit is None
     assert settle(tasks=True, limit=5).limit == 5

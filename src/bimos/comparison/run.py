@@ -2,7 +2,7 @@
 
 DIR/setting.json       what all rows share
 DIR/rows/ROW.json      a finished row
-DIR/work/ROW/          its checkpoint, and what its steps have left so far
+DIR/work/ROW/          its checkpoint, and what its steps have left so far; beside it setting.json again: the folder may be shared
 DIR/comparison.json    all finished rows, DIR/pareto.svg and .png, DIR/index.html
 """
 
@@ -85,14 +85,20 @@ def compare(
     try:
         lock = FileLock(output / ".lock", timeout=0).acquire()
     except Timeout:
+        if not (output / ".lock").exists():  # the library also waits for a place where there is no writing
+            raise BimosError(f"cannot write to '{output}'; name another output directory") from None
         raise BimosError(f"'{output}' is in use by another run of bimos compare; let it finish, or name another directory") from None
+    except OSError as error:
+        raise BimosError(f"cannot write to '{output}': {error.strerror}; name another output directory") from None
     failed: dict[str, str] = {}
     with lock:
-        setting = setting.settle(output)
+        setting = setting.agreed(output).agreed(folder)
         for row in rows:
             _check_same(output, folder, row)
         for text in loaded:
             _check_text(output, folder, text)
+        for place in (output, folder):
+            setting.keep(place)
         for row in rows:
             job = Job(
                 *(setting.model, row.name, None if row.config is None else row.config.to_dict(), given, names),
@@ -137,7 +143,8 @@ def _finish(output: Path, row: Row, job: Job, console: Console | None, spawn: Sp
     spawn(job, ["make", "evaluate"])
     spawn(job, ["speed"])  # by itself: peak memory is that of a process
     parts = {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("made", "evaluation", "speed")}
-    write_json(path, {"row": row.name, **parts["made"], "config": job.config, **parts["evaluation"], "speed": parts["speed"]})
+    config = parts["made"].get("config", job.config)  # what was begun before an option existed went on without it
+    write_json(path, {"row": row.name, **parts["made"], "config": config, **parts["evaluation"], "speed": parts["speed"]})
 
 
 def _row_file(output: Path, row: Row) -> Path:

@@ -67,17 +67,13 @@ class Setting:
         """What of it replaces a recipe's own."""
         return {key: getattr(self, key) for key in ("data", "tokens", "minutes", "seed", "embedding_bits")}
 
-    def settle(self, output: Path) -> Setting:
-        """Keep it in `output`, or see that it is the one that rows there were run with.
-
-        Returns:
-            The setting that holds now: with the limit of tasks that were asked for before, where none are now.
+    def agreed(self, output: Path) -> Setting:
+        """The setting that holds in `output`: with the limit of tasks that were asked for before, where none are now. Writes nothing.
 
         Raises:
-            BimosError: it is another.
+            BimosError: it is another than what rows there were run with.
         """
         if not (output / FILE).exists():
-            write_json(output / FILE, dataclasses.asdict(self))
             return self
         known = read_setting(output)
         if not known["tasks"]:
@@ -88,8 +84,11 @@ class Setting:
                 raise BimosError(
                     f"the rows in '{output}' were run with {key}={known[key]}, now it is {value}; give the same, or another directory"
                 )
-        write_json(output / FILE, known)
         return Setting(**known)
+
+    def keep(self, output: Path) -> None:
+        """Leave it in `output`, for `agreed` of a later run."""
+        write_json(output / FILE, dataclasses.asdict(self))
 
 
 def check_place(output: Path) -> None:

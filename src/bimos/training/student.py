@@ -40,24 +40,28 @@ def binarize(
         module.set_submodule(name, layer)
 
 
-def uninitialised_student(teacher: nn.Module, config: MethodConfig, skip: list[str]) -> nn.Module:
-    """A copy of the teacher whose layers wait for `load_trained`. Frozen parts share the teacher's memory."""
+def uninitialised_student(teacher: nn.Module, config: MethodConfig, skip: list[str], device: torch.device | None = None) -> nn.Module:
+    """A copy of the teacher whose layers wait for `load_trained`. Frozen parts share the teacher's memory.
+
+    Args:
+        device: of these layers; None: where the teacher is.
+    """
     names = list(convertible_linears(teacher, skip))
     # Parameters of its own, on the same memory: what one trains (a norm, say) is taken out of the teacher's.
     memo: dict[int, object] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in teacher.parameters()}
     memo |= {id(buffer): buffer for buffer in teacher.buffers()}
     student = copy.deepcopy(teacher, memo)
-    replace_empty(student, names, config)
+    replace_empty(student, names, config, device)
     return student
 
 
-def replace_empty(module: nn.Module, names: list[str], config: MethodConfig) -> None:
+def replace_empty(module: nn.Module, names: list[str], config: MethodConfig, device: torch.device | None = None) -> None:
     """Replace the linears `names` of `module`, in place, by trainable layers that wait for their values."""
     for name in names:
         linear = module.get_submodule(name)
         own = config.of_linear(name)
         layer = own.layer(linear.in_features, linear.out_features, linear.bias is not None, own)  # type: ignore[arg-type]
-        module.set_submodule(name, layer.to(next(linear.parameters()).device))
+        module.set_submodule(name, layer.to(device or next(linear.parameters()).device))
 
 
 def load_trained(module: nn.Module, tensors: dict[str, Tensor]) -> None:
