@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from bimos.config import RunConfig
 from bimos.devices import chosen_device
@@ -38,11 +38,12 @@ from bimos.training.mapped import load_mapped
 from bimos.training.sources import parse_sources
 
 
-def plan(model: str | Path, config: RunConfig, processes: int = 1) -> dict[str, Any]:
+def plan(model: str | Path, config: RunConfig, processes: int = 1, device: str = "cpu") -> dict[str, Any]:
     """Size of the result and peak memory of every stage, from the model's config alone.
 
     Args:
         processes: between which the work is to be divided; memory is that of each.
+        device: where they are to train, `cpu` or `cuda`: whose memory it is.
 
     Raises:
         BimosError: no such model or method, or a model that cannot be binarized.
@@ -59,7 +60,7 @@ def plan(model: str | Path, config: RunConfig, processes: int = 1) -> dict[str, 
         "method": config.method,
         **sizes,
         "processes": processes,
-        "peak_memory_bytes": peak_memory(empty, config, processes),
+        "peak_memory_bytes": peak_memory(empty, config, processes, device),
     }
 
 
@@ -178,6 +179,10 @@ def _run(
         raise BimosError(f"{lean_options(config)[0]} is for one process; leave it out: several divide moments and latents between them")
     if processes.count > 1 and any(source.kind == "self" for source in parse_sources(config.data)):
         raise BimosError("text of 'self' is written by one process; write it with `bimos quantize` in one, or give other --data")
+    if processes.count > 1 and not hasattr(Trainer, "_defer_fsdp_gradient_reduction"):
+        raise BimosError(
+            "several processes need transformers 5.23 or newer, whose Trainer leaves weights divided: pip install -U transformers"
+        )
     teacher, tokenizer = _load(model, config, device)
     check_fit(teacher, method, config)
     facts = {"model": str(model), "weights": fingerprint(teacher), "config": config.to_dict(), "evaluate": list(evaluate)}

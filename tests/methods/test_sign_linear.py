@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimos.kernels import native
@@ -71,6 +72,33 @@ def test_tables_of_one_pass_are_those_of_shared_signs(dtype: torch.dtype, plane:
     outside = sign_linear(x, latent, plane)
     assert not torch.equal(outside, found[0][0])  # by torch, which rounds no sums
     assert (outside.float() - found[0][0].float()).norm() < 2e-2 * outside.float().norm()
+
+
+@pytest.mark.parametrize("plane", list(Plane))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_signs_of_nobody_else_are_made_again_for_gradients(plane: Plane, dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    latent = nn.Parameter(torch.randn(40, 72))
+    x, towards = torch.randn(3, 11, 72), torch.randn(3, 11, 40)
+    found, sizes = [], []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() != latent.data_ptr():
+            sizes.append(tensor.numel())
+        return tensor
+
+    for product in (sign_linear, lambda x, latent, plane: F.linear(x, ste.sign_ste(latent, x, plane))):
+        inputs = x.detach().requires_grad_()
+        with torch.autocast("cpu", enabled=dtype == torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
+            y = product(inputs, latent, plane)
+        (y * towards).sum().backward()
+        found.append((y.detach(), inputs.grad, latent.grad))
+        latent.grad = None
+        if len(found) == 1:
+            assert max(sizes) == x.numel() < latent.numel()
+    for made_again, kept in zip(*found, strict=True):
+        assert made_again is not None and kept is not None and made_again.dtype == kept.dtype
+        torch.testing.assert_close(made_again, kept)
 
 
 @needs_kernels

@@ -104,5 +104,23 @@ def test_several_processes_divide_the_work(llama_7b: PreTrainedModel) -> None:
     assert peak_memory(llama_7b, config(), 1) == peak_memory(llama_7b, config())
 
 
+def test_a_gpu_has_no_lanes_tiles_or_disk(llama_7b: PreTrainedModel, small: PreTrainedModel) -> None:
+    weights, latents = sum(p.numel() for p in small.parameters()), sum(p.numel() for p in small.model.layers.parameters() if p.dim() == 2)
+    with_tiles, without = (peak_memory(small, config(distill={"int8_teacher": tiled}), device="cuda") for tiled in (True, False))
+    assert with_tiles == without
+    assert without["distill"] < peak_memory(small, config(distill={"int8_teacher": False}))["distill"] - 2 * latents  # signs
+    assert without["distill"] > RUNTIME + 2 * weights + 16 * latents
+    low = peak_memory(llama_7b, config(low_memory=True, distill={"enabled": False}), device="cuda")["blocks"]
+    on_disk = peak_memory(llama_7b, config(low_memory=True, distill={"enabled": False}))["blocks"]
+    assert low - on_disk > 2 * 2 * 4096 * 131_072  # both streams, and moments
+
+
+@pytest.mark.usefixtures("avx2_alone")
+def test_a_gpu_works_in_16_bits_beside_a_cpu_that_does_not(small: PreTrainedModel) -> None:
+    weights = sum(p.numel() for p in small.parameters())
+    on_cpu, on_gpu = (peak_memory(small, config(), device=device)["blocks"] for device in ("cpu", "cuda"))
+    assert on_cpu - on_gpu > 1.5 * weights
+
+
 def test_nothing_is_allocated(llama_7b: PreTrainedModel) -> None:
     assert {p.device for p in llama_7b.parameters()} == {torch.device("meta")}

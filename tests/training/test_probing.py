@@ -25,6 +25,20 @@ def test_mixed_scales_keep_scaled_inputs_products_and_gates(planes: int, experts
     assert kept.of_weight == pytest.approx(0, abs=0.01) and kept.planes == planes
 
 
+@pytest.mark.parametrize("group_size", [96, 48, 192, 100])
+def test_groups_that_do_not_divide_the_probe(group_size: int) -> None:
+    assert kept_by(method_config("dbllm", {"group_size": group_size}), torch.float32).of_weight == pytest.approx(4, rel=0.02)
+    kept = kept_by(method_config("sign", {"group_size": group_size}), torch.float32) if group_size != 100 else None
+    assert kept is None or kept.of_signs == kept.of_signs_alone == 4
+
+
+def test_a_pass_by_itself_keeps_no_signs_that_it_can_make_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bimos.training.probing.tables_pay", lambda latent, _: True)
+    assert kept_by(method_config("binarymos"), torch.float32).of_signs_alone == 1  # tiles
+    assert kept_by(method_config("binarymos"), torch.bfloat16, on_cpu=False).of_signs_alone == 0
+    assert kept_by(method_config("sign", {"group_size": 64}), torch.bfloat16, on_cpu=False).of_signs_alone == 2
+
+
 def test_a_weight_that_is_made_counts_for_every_lane() -> None:
     kept = kept_by(method_config("dbllm"), torch.float32)
     assert kept.of_weight == pytest.approx(4, abs=0.01) and kept.planes == 0

@@ -84,7 +84,7 @@ def quantize(
     if "tokens" in given or "minutes" in given:
         given = {"tokens": None, "minutes": None} | given  # a budget given here replaces the file's, in whichever unit
     quiet()
-    from bimos.devices import chosen_device
+    from bimos.devices import check_device
     from bimos.processes import current
     from bimos.quantize import plan, run
     from bimos.resume import remembered
@@ -100,11 +100,11 @@ def quantize(
 
     out = console(json)
     if dry_run or output is None:
-        chosen_device(device, current(device))
+        check_device(device)  # whether it is here or not: what would fit there is worth knowing before
         parse_sources(run_config.data)
         if not current(device).is_first:
             return
-        result = plan(model, run_config, processes or current(device).count)
+        result = plan(model, run_config, processes or current(device).count, device)
         show.plan(out, result)
     else:
         texts = show.split(ppl)

@@ -27,7 +27,7 @@ class SignSTE(torch.autograd.Function):
     def forward(ctx: Any, latent: Tensor, dtype: torch.dtype, plane: Plane) -> Tensor:
         ctx.save_for_backward(latent)
         ctx.plane = plane
-        return write_signs(decision(latent, plane), torch.empty(latent.shape, dtype=dtype, device=latent.device))
+        return _signs(latent, dtype, plane)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -49,6 +49,10 @@ def write_signs(weight: Tensor, out: Tensor) -> Tensor:
     """The signs of `weight` in `out`, a tensor of its shape."""
     # The comparison writes 0 and 1 in the dtype of the signs: an eighth of the time of `where`, and no mask in between.
     return torch.ge(weight, 0, out=out).mul_(2).sub_(1)
+
+
+def _signs(latent: Tensor, dtype: torch.dtype, plane: Plane) -> Tensor:
+    return write_signs(decision(latent, plane), torch.empty(latent.shape, dtype=dtype, device=latent.device))
 
 
 class SharedSigns:
@@ -137,6 +141,9 @@ def sign_linear(x: Tensor, latent: Tensor, plane: Plane = Plane.ONLY) -> Tensor:
     if x.dtype == dtype and shared is None and _tables_are_asked_for.get() and tables_pay(latent, dtype):
         decided = decision(latent.detach(), plane)
         return _TableProduct.apply(x, _Unwritten.apply(latent, dtype, plane), *_tiled(decided, False), *_tiled(decided, True))
+    if shared is None:
+        y: Tensor = _RemadeProduct.apply(x.to(dtype), latent, plane)
+        return y
     return F.linear(x, sign_ste(latent, x, plane))
 
 
@@ -170,6 +177,30 @@ def _tiled(latent: Tensor, transposed: bool) -> tuple[Tensor, Tensor | None]:
     """Bits of the signs and their tiles."""
     bits = torch.ops.bimos.sign_bits(latent.detach(), transposed)
     return bits, native.tile(bits)
+
+
+class _RemadeProduct(torch.autograd.Function):
+    """The product with signs that nobody shares, made anew for gradients.
+
+    Kept, those of all layers would be a second copy of the weights: on a GPU, and undivided where processes divide the latents.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, latent: Tensor, plane: Plane) -> Tensor:
+        ctx.save_for_backward(x, latent)
+        ctx.plane = plane
+        return F.linear(x, _signs(latent, x.dtype, plane))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, latent = ctx.saved_tensors
+        of_x = grad @ _signs(latent, x.dtype, ctx.plane) if ctx.needs_input_grad[0] else None
+        of_latent = None
+        if ctx.needs_input_grad[1]:
+            of_signs = grad.flatten(0, -2).T @ x.flatten(0, -2)
+            of_latent = straight_through(of_signs.to(latent.dtype), latent, ctx.plane)
+        return of_x, of_latent, None
 
 
 class _TableProduct(torch.autograd.Function):

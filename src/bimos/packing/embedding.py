@@ -44,18 +44,24 @@ class Int8Embedding(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=weight.device), persistent=False)
         self.embed_scale = embed_scale
+        self._factor = self._rounded()
         self.num_embeddings, self.embedding_dim = weight.shape
         self.padding_idx = padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = (F.embedding(ids, self.weight).float() * F.embedding(ids, self.scale).float()).to(self.like.dtype)
-        return rows if self.embed_scale is None else rows * rows.new_tensor(self.embed_scale)
+        return rows if self._factor is None else rows * self._factor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         like = fn(self.like)
         super()._apply(keeping_dtype(fn), recurse)
         self.like = like
+        self._factor = self._rounded()
         return self
+
+    def _rounded(self) -> float | None:
+        """The factor in the dtype of the result, as a number: no CUDA graph takes a tensor that is copied to the GPU in every pass."""
+        return None if self.embed_scale is None else torch.tensor(self.embed_scale, dtype=self.like.dtype, device="cpu").item()
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"

@@ -218,4 +218,5 @@ def _plan(block: nn.Module, count: int, method: MethodConfig, config: RunConfig,
     minutes = passes * stream.shape[:-1].numel() * seconds_a_token(block, dtype) / 60
     streams = 2 * stream.numel() * stream.element_size()
     told = f"{count} blocks, one in memory at a time: {weights / 1e6:,.0f} MB each in their file, hidden states {streams / 1e6:,.0f} MB"
-    return f"{told}, about {minutes:.1f} minutes a block" if config.minutes is None else f"{told}, {config.minutes:g} minutes in all"
+    told += f", about {minutes:.1f} minutes a block"
+    return told if config.minutes is None else f"{told} if all of the text is seen, and {config.minutes:g} minutes in all"
