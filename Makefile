@@ -44,7 +44,7 @@ $(VENV)/.installed: $(BIN)/python $(REQUIREMENTS)
 
 $(VENV)/.installed-dev: $(BIN)/python $(REQUIREMENTS)
 	$(BUILD_NEEDS)
-	$(PIP_INSTALL) --quiet --no-build-isolation -e '.[dev,eval,logging,lean]'
+	$(PIP_INSTALL) --quiet --no-build-isolation -e '.[dev,eval,gpu,logging,lean]'
 	@touch $@ $(VENV)/.installed
 
 install: $(VENV)/.installed  ## bimos and what it needs, in .venv

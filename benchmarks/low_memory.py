@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from bimos.config import RunConfig
 from bimos.evaluation.versions import provenance, write_json
 from bimos.kernels import native
+from bimos.methods import method_config
 from bimos.quantize import plan
 
 SHAPE: dict[str, Any] = {
@@ -59,6 +60,7 @@ def measured(model: Path, folder: Path, data: str, method: str, blocks: int, tok
             *(sys.executable, "-m", "bimos", "quantize", str(model), "-o", str(packed), "--low-memory", "--overwrite"),
             *("--method", method, "--data", data, "--json", str(report)),
             *("--set", f"blocks.tokens={tokens}", "--set", f"initialise.sequences={tokens // 512}"),
+            *(("--minutes", "100000") if method_config(method).trained else ()),  # all blocks see all of the text
         ],
         check=True,
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bimos import BimosError
 from bimos.packing.format import unpack_signs
-from bimos.processes import LOST, Processes
+from bimos.processes import LOST, TOLD, Processes, check_launcher
 from bimos.training.checkpoints import checkpoints
 from bimos.training.reconstruction import shuffled
 
@@ -128,6 +128,31 @@ def test_several_processes_do_what_one_does(several: Several, teacher_directory:
         assert not (outputs[count] / "work").exists()
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "changes"),
+    [
+        ("dbllm", {"group_size": 8}, {"accumulate": 2, "checkpointing": True}),
+        ("binarymos", {"num_experts": 2, "planes": 2}, {"train": "scales", "accumulate": 2}),
+    ],
+)
+def test_other_ways_to_train_in_two_processes(
+    several: Several,
+    teacher_directory: Path,
+    text_file: Path,
+    tmp_path: Path,
+    method: str,
+    options: dict[str, int],
+    changes: dict[str, Any],
+) -> None:
+    config = settings(text_file, blocks={"enabled": False}, distill=changes) | {"method": method, "options": options}
+    config["initialise"]["refit"] = False
+    for count in (1, 2):
+        assert several.run(count, teacher_directory, tmp_path / str(count), config, tables=False) == ([0] * count, [])
+    alone = losses(tmp_path / "1", 1)
+    assert len(alone) == STEPS // 2 and losses(tmp_path / "2", 1) == pytest.approx(alone, rel=1e-3)
+    assert alone[-1] != alone[0]
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_start_sees_what_one_process_sees(several: Several, teacher_directory: Path, tmp_path: Path, count: int) -> None:
     windows = torch.randint(320, (12, 16), generator=torch.Generator().manual_seed(0))
@@ -206,6 +231,39 @@ def test_what_several_processes_cannot_do(several: Several, teacher_directory: P
     assert codes == [2, 2] and "text of 'self' is written by one process" in said[0]
     codes, said = several.run(2, teacher_directory, tmp_path / "none", settings(text_file) | {"data": "nowhere.txt"})
     assert codes == [2, 2] and said[0] == said[1] and "nowhere.txt" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, "accelerate launch"), ({"OMPI_COMM_WORLD_SIZE": "2"}, "MPI")],
+)
+def test_launchers_whose_processes_would_not_find_each_other(variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    check_launcher()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BimosError, match=f"{said}.*torchrun"):
+        check_launcher()
+    monkeypatch.setenv("RANK", "0")
+    check_launcher()
+
+
+def test_told_to_end_where_no_handler_runs() -> None:
+    """As behind a collective on a GPU whose peer is gone: foreign code that waits for ever, and is no call that a signal interrupts."""
+    script = """
+import ctypes, bimos.processes
+bimos.processes.GRACE = 0.5
+with bimos.processes.Processes(0, 2).guarded():
+    library, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    print("ready", flush=True)
+    library.pthread_mutex_lock(lock)
+    library.pthread_mutex_lock(lock)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.terminate()
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and said.splitlines() == [f"error: {TOLD}"]
 
 
 def test_a_launcher_starts_the_command(teacher_directory: Path, text_file: Path, tmp_path: Path) -> None:

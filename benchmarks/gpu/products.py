@@ -33,7 +33,16 @@ EXPERTS = 4
 COLD_BYTES = 512 * 2**20  # several times the last cache of any GPU
 COPY_BYTES = 2**30
 SECONDS = 1.0
-LLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 12, "num_attention_heads": 32, "num_key_value_heads": 4}
+LLAMAS: dict[str, dict[str, Any]] = {  # shapes of SmolLM2-135M and of a model of 1.1 billion parameters
+    "135M": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "vocab_size": 49152, "tie_word_embeddings": True,
+    },
+    "1.1B": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    },
+}  # fmt: skip
 CACHE = 2048  # positions of the static cache: more than there are steps
 
 
@@ -131,13 +140,13 @@ def product(n_in: int, n_out: int, tokens: int, bandwidth: float) -> dict[str, A
     }
 
 
-def llama(device: str = "cuda", **changes: Any) -> nn.Module:
+def llama(shape: dict[str, Any], device: str = "cuda") -> nn.Module:
     """A random Llama in bfloat16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, max_position_embeddings=CACHE, **(LLAMA | changes)))
+        model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=CACHE, **shape))
     return model.to(torch.bfloat16).eval()
 
 
@@ -170,13 +179,17 @@ def decoding_step(model: nn.Module, positions: int = CACHE) -> Callable[[], torc
     return step
 
 
-def decode_llama() -> dict[str, Any]:
-    steps = CACHE // 4
-    model = llama()
-    dense = microseconds([decoding_step(model)], steps)
-    pack(model, layer)
-    packed = microseconds([decoding_step(model)], steps)
-    return {"bfloat16_us": dense, "packed_us": packed, "speedup": dense / packed, "model": LLAMA, "cache": CACHE}
+def decode_llama(shape: dict[str, Any]) -> dict[str, Any]:
+    """A greedy step of the original and of a packed one, in turns."""
+    steps, models = CACHE // 8, {"bfloat16": llama(shape), "packed": llama(shape)}
+    pack(models["packed"], layer)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(3):
+        for name, model in models.items():
+            times[name].append(microseconds([decoding_step(model)], steps))
+    dense, packed = (statistics.median(found) for found in times.values())
+    rates = {"bfloat16_tokens_per_second": 1e6 / dense, "packed_tokens_per_second": 1e6 / packed}
+    return {"bfloat16_us": dense, "packed_us": packed, **rates, "speedup": dense / packed, "model": shape, "cache": CACHE}
 
 
 @torch.inference_mode()
@@ -197,28 +210,36 @@ def main() -> None:
     start = time.perf_counter()
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
-    result: dict[str, Any] = {"experts": EXPERTS, "copy_gb_per_second": bandwidth / 1e9, "decode": {}, "prefill": {}}
+    result: dict[str, Any] = {"experts": EXPERTS, "copy_gb_per_second": bandwidth / 1e9, "decode": {}, "prefill": {}, "llama": {}}
     print(f"{torch.cuda.get_device_name()}: a copy reads and writes {bandwidth / 1e9:.0f} GB/s", flush=True)
-    for n_in, n_out in DECODE:
-        row = result["decode"][f"{n_in}x{n_out}"] = product(n_in, n_out, 1, bandwidth)
-        print(
-            f"{n_in}x{n_out}, 1 token: {row['packed_us']:.1f} us, {row['speedup']:.1f}x bfloat16, "
-            f"{row['share_of_copy_bandwidth']:.0%} of a copy's bandwidth; an empty kernel {row['empty_kernel_us']:.1f} us",
-            flush=True,
-        )
-    tokens, n_in, n_out = PREFILL
-    row = result["prefill"][f"{n_in}x{n_out}"] = product(n_in, n_out, tokens, bandwidth) | {"tokens": tokens}
-    print(
-        f"{n_in}x{n_out}, {tokens} tokens: {row['packed_us']:.0f} us, {row['tflops']:.0f} TFLOP/s, {row['speedup']:.2f}x bfloat16",
-        flush=True,
+
+    def keep() -> None:  # after every row: device time may end
+        now = provenance()
+        now["versions"] |= {"triton": triton.__version__, "cuda": torch.version.cuda}
+        if arguments.output:
+            write_json(arguments.output, result | now | {"seconds": time.perf_counter() - start})
+
+    def measure(place: dict[str, Any], name: str, function: Callable[[], dict[str, Any]], told: str) -> None:
+        try:
+            place[name] = function()
+            print(f"{name}: {told.format(**place[name])}", flush=True)
+        except Exception as error:  # no reason to lose the others
+            place[name] = {"error": f"{type(error).__name__}: {error}"}
+            print(f"{name}: {place[name]['error']}", flush=True)
+        keep()
+
+    told = (
+        "{packed_us:.1f} us, {speedup:.1f}x bfloat16, {share_of_copy_bandwidth:.0%} of a copy's bandwidth; empty: {empty_kernel_us:.1f} us"
     )
-    result["llama"] = decode_llama()
-    print(f"a decoding step: {result['llama']['packed_us']:.0f} us, {result['llama']['speedup']:.2f}x bfloat16")
-    result |= provenance()
-    result["versions"] |= {"triton": triton.__version__, "cuda": torch.version.cuda}
-    result["seconds"] = time.perf_counter() - start
-    if arguments.output:
-        write_json(arguments.output, result)
+    for n_in, n_out in DECODE:
+        measure(result["decode"], f"{n_in}x{n_out}", functools.partial(product, n_in, n_out, 1, bandwidth), told)
+    tokens, n_in, n_out = PREFILL
+    told = f"{tokens} tokens in {{packed_us:.0f}} us, {{tflops:.0f}} TFLOP/s, {{speedup:.2f}}x bfloat16"
+    prompt = functools.partial(product, n_in, n_out, tokens, bandwidth)
+    measure(result["prefill"], f"{n_in}x{n_out}", lambda: prompt() | {"tokens": tokens}, told)
+    for name, shape in LLAMAS.items():
+        told = "a decoding step in {packed_us:.0f} us, {packed_tokens_per_second:.0f} tokens/s, {speedup:.2f}x bfloat16"
+        measure(result["llama"], name, functools.partial(decode_llama, shape), told)
 
 
 if __name__ == "__main__":

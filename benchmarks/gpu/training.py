@@ -136,12 +136,12 @@ def main() -> None:
                 row |= measure(arguments, batch, options)
                 row["share_of_peak"] = row["flops_per_second"] / peak
                 told = f"{row['tokens_per_second']:,.0f} tokens/s, {row['share_of_peak']:.1%} of the peak"
-            except torch.OutOfMemoryError:
-                row["error"] = told = "out of memory"
+            except Exception as error:  # one that has no library or no room here is no reason to lose the others
+                row["error"] = told = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}"
             print(f"batch {batch}, {name}: {told}", flush=True)
             result["runs"].append(row)
-    if arguments.output:
-        write_json(arguments.output, result | provenance())
+            if arguments.output:  # after every row: device time may end
+                write_json(arguments.output, result | provenance())
 
 
 if __name__ == "__main__":

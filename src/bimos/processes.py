@@ -11,6 +11,7 @@ import datetime
 import functools
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,7 @@ from bimos.errors import BimosError
 PATIENCE = datetime.timedelta(days=7)  # while one reads text or measures, the others wait; that one has ended, its connection tells
 LOST = "another process of this run has ended; checkpoints are kept: start all of them again with --resume"
 TOLD = "told to end, as launchers do when another process of the run has; checkpoints are kept: start all of them again with --resume"
+GRACE = 10.0  # seconds in which a process that is told to end may do so by itself; torchrun kills after 30
 BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL")  # of errors without a type of their own
 
 Result = TypeVar("Result")
@@ -122,7 +124,8 @@ class Processes:
         is_main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, told) if is_main else None
         try:
-            yield
+            with _watched() if is_main else contextlib.nullcontext():
+                yield
         except RuntimeError as error:
             if isinstance(error, dist.DistError) or any(sign in str(error) for sign in BROKEN):
                 raise BimosError(LOST) from error
@@ -135,6 +138,30 @@ class Processes:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         collective(tensor)
         return tensor.item()
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    """Within it, a process that is told to end does so even if it waits for another one in foreign code, where no Python handler runs."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    ended = threading.Event()
+
+    def watch() -> None:
+        while number := os.read(reading, 1):
+            if number[0] == signal.SIGTERM and not ended.wait(GRACE):
+                print(f"error: {TOLD}", file=sys.stderr, flush=True)
+                os._exit(2)
+        os.close(reading)
+
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=watch, name="bimos-watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(before)
+        os.close(writing)  # ends the thread
 
 
 ALONE = Processes()
@@ -160,6 +187,15 @@ def are_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
+def check_launcher() -> None:
+    """Raises BimosError: a launcher was asked for several processes, and this one would work as if it were alone."""
+    mend = "start them with torchrun --nproc-per-node N -m bimos ..."
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ and "RANK" not in os.environ:
+        raise BimosError(f"accelerate launch starts one process on a CPU, however many it is asked for; {mend}")
+    if any(int(os.environ.get(size, "1")) > 1 for size in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")) and "RANK" not in os.environ:
+        raise BimosError(f"processes that MPI starts do not find each other here; {mend}")
+
+
 @functools.cache
 def current(device: str = "cpu") -> Processes:
     """The processes that this one was started with; the first call waits for all of them.
@@ -168,6 +204,7 @@ def current(device: str = "cpu") -> Processes:
         device: on which they train; each has a GPU of its own on `cuda`.
     """
     if not are_several():
+        check_launcher()
         return ALONE
     for engine in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):  # of a launcher's config: models are sharded here
         os.environ.pop(engine, None)

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,13 @@ class DistillTrainer(Trainer):
         if len(self._pending) == self.args.gradient_accumulation_steps:
             self._clock.step(sum(self._pending) / len(self._pending))
             self._pending.clear()
+
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+        """Gradients of several processes are divided behind every batch of those that are summed up: until the last, they would be whole.
+
+        The Trainer's own asks the config of a model that `transformers` has divided.
+        """
+        return nullcontext()
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]  # the stream is shuffled already
