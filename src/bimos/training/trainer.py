@@ -115,7 +115,7 @@ class DistillTrainer(Trainer):
             self._clock.step(sum(self._pending) / len(self._pending))
             self._pending.clear()
 
-    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:  # type: ignore[override]
         """Gradients of several processes are divided behind every batch of those that are summed up: until the last, they would be whole.
 
         The Trainer's own asks the config of a model that `transformers` has divided.
