@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel, StaticCache
 
 from bimos import BimosError
 from bimos.config import RunConfig
@@ -58,3 +60,35 @@ def test_a_run_on_a_gpu(method: str, low_memory: bool, teacher_directory: Path, 
         result = run(teacher_directory, tmp_path / device, RunConfig.from_dict(values), device=device)
         losses.append([stage["loss_last"] for stage in result["stages"]])
     assert losses[1] == pytest.approx(losses[0], rel=0.1)  # bfloat16 there, here maybe float32
+
+
+@needs_gpu
+def test_a_decoding_step_in_a_cuda_graph(packed: Callable[..., PreTrainedModel]) -> None:
+    """Token, position and cache stay on the GPU: replayed, a step goes on from the last one, as without a graph."""
+    model = packed("llama", embedding_bits=8, dtype=torch.bfloat16).cuda()
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    token, position = torch.ones(1, 1, dtype=torch.long, device="cuda"), torch.zeros(1, 1, dtype=torch.long, device="cuda")
+    every = torch.arange(32, device="cuda")
+
+    def step() -> torch.Tensor:
+        seen = (every <= position)[None, None]
+        logits = model(token, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True).logits[:, -1]
+        token.copy_(logits.argmax(-1, keepdim=True))
+        position.add_(1)
+        return logits
+
+    def again() -> None:
+        cache.reset()
+        token.fill_(1)
+        position.zero_()
+
+    with torch.inference_mode():
+        expected = [step().clone() for _ in range(6)]  # compiles and chooses, too
+        again()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step()
+        again()
+        for eager in expected:
+            graph.replay()
+            torch.testing.assert_close(logits, eager, rtol=2e-2, atol=2e-2)

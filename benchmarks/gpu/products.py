@@ -26,6 +26,7 @@ from torch import nn
 
 from bimos.evaluation.versions import provenance, write_json
 from bimos.packing.linear import PackedLinear
+from bimos.packing.together import join_siblings
 
 DECODE = [(4096, 11008), (8192, 28672)]
 PREFILL = (2048, 4096, 11008)  # tokens, in, out
@@ -116,7 +117,8 @@ def product(n_in: int, n_out: int, tokens: int, bandwidth: float) -> dict[str, A
     expected = reference.packed_linear(x.float(), first.weight, first.scale_in, first.scale_out, first.router)
     error = ((first(x).float() - expected).norm() / expected.norm()).item()
     packed = microseconds([functools.partial(each, x) for each in layers])
-    run = functools.partial(triton.launch, x, first.weight, first.scale_in, first.scale_out, first.router, None, None, 0)
+    stored = triton.Stored(first.weight, first.scale_in, first.scale_out, first.router, None, None)
+    run = functools.partial(triton.launch, x, [stored], 0)
     config = triton_tuning.choose(run, x, (1, n_out, n_in, EXPERTS, 0))
     assert config is not None, "no configuration runs on this GPU"
     grid = triton.divide(config, tokens, n_out, n_in // 8, x.device)[1]
@@ -183,6 +185,7 @@ def decode_llama(shape: dict[str, Any]) -> dict[str, Any]:
     """A greedy step of the original and of a packed one, in turns."""
     steps, models = CACHE // 8, {"bfloat16": llama(shape), "packed": llama(shape)}
     pack(models["packed"], layer)
+    join_siblings(models["packed"])
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(3):
         for name, model in models.items():

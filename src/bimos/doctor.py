@@ -17,7 +17,7 @@ from bimos import __version__
 from bimos.datafolder import data_directory
 from bimos.errors import BimosError
 from bimos.evaluation.versions import available_cores, cpu_model
-from bimos.kernels import gpu, native, packed_linear, reference
+from bimos.kernels import gpu, int8_linear, native, packed_linear, reference
 from bimos.packing.format import pack_signs
 
 OPTIONAL = {
@@ -115,7 +115,7 @@ def _kernels() -> tuple[dict[str, str], list[str]]:
             problem, (kind, version) = "", kinds[device]
             if device == "CPU":
                 problem = native.problem
-            elif op == "packed_linear":
+            else:
                 try:
                     problem = gpu.problem(torch.device("cuda", torch.cuda.current_device()))
                 except torch.OutOfMemoryError:
@@ -134,4 +134,9 @@ def _kernels() -> tuple[dict[str, str], list[str]]:
         error = (packed_linear(*moved).cpu() - expected).abs().max().item()
         if not error < 1e-2:
             problems.append(f"packed_linear on {device} is off by {error:.2g}: please report this with the output of bimos doctor")
+        head: Any = [x, torch.arange(-128, 128, dtype=torch.int8).view(2, 128), torch.tensor([[0.01], [0.02]]).half()]
+        there = int8_linear(*(tensor.to(device.lower()) for tensor in head)).cpu()
+        error = (there - reference.int8_linear(*head)).abs().max().item()
+        if not error < 0.1:  # of sums of some tens: the CPU's kernels round inputs to 8 bits or more
+            problems.append(f"int8_linear on {device} is off by {error:.2g}: please report this with the output of bimos doctor")
     return used, problems

@@ -8,11 +8,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bimos.kernels import triton_head
+from bimos.kernels.triton_head import Sizes, int8_rows
 from bimos.kernels.triton_kernels import add_up, prepare, product
 from bimos.kernels.triton_tuning import MANY, ONE, SEVERAL, Config
 
-SCALES = ("scale_in", "scale_out", "router", "scale_group", "bias")
-POINTERS = {"weight": "u8", "gate": "fp32", "parts": "fp32"} | dict.fromkeys(SCALES, "fp16")
+STORED = ("weight", "scale_in", "scale_out", "router", "scale_group", "bias")
+POINTERS = {"gate": "fp32", "parts": "fp32"}
+POINTERS |= {f"{name}{end}": "u8" if name == "weight" else "fp16" for name in STORED for end in ("", "_1", "_2")}
 
 
 def build(
@@ -23,9 +26,11 @@ def build(
     Args:
         source: dtype of the inputs, where `prepare` has made others of them.
     """
-    types = {"x": source or dtype, "y": dtype, "scaled": dtype} | POINTERS
+    types = {"x": source or dtype, "y": dtype, "y_1": dtype, "y_2": dtype, "scaled": dtype} | POINTERS
     signature = {name: f"*{types[name]}" if name in types else "i32" for name in kernel.arg_names}
-    constants = constants | dict.fromkeys(absent)
+    missing = [f"{name}{end}" for name in ("y", *STORED, "n_out") for end in ("_1", "_2")[constants.get("COUNT", 1) - 1 :]]
+    constants = constants | dict.fromkeys([*missing, *(f"{name}{end}" for name in absent for end in ("", "_1", "_2"))])
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")
     indices = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     ast = ASTSource(fn=kernel, signature=signature, constexprs=indices)
@@ -34,22 +39,40 @@ def build(
 
 
 def build_product(
-    config: Config, dtype: str, absent: tuple[str, ...], group: int, capability: int, precision: str = "halves", scales: str = "fp16"
+    config: Config,
+    dtype: str,
+    absent: tuple[str, ...],
+    group: int,
+    capability: int,
+    count: int = 1,
+    precision: str = "halves",
+    scales: str = "fp16",
 ) -> None:
     sizes = {"BLOCK_TOKENS": config.block_tokens, "BLOCK_OUT": config.block_out, "BLOCK_BYTES": config.block_bytes, "BLOCK_ROUTER": 256}
     sizes["STAGES"] = config.stages
-    constants = {"PLANES": 2, "EXPERTS": 3, "PADDED": 4, "GROUP_SIZE": group}
-    constants |= {"IS_DOT": config.is_dot, "IS_WIDE": False, "PRECISION": precision if dtype == "fp32" else "ieee"}
+    constants = {"COUNT": count, "PLANES": 2, "EXPERTS": 3, "PADDED": 4, "GROUP_SIZE": group}
+    constants |= {"IS_WHOLE": True, "IS_DOT": config.is_dot, "IS_WIDE": False, "PRECISION": precision if dtype == "fp32" else "ieee"}
     source = "fp32" if config.is_prepared and not config.is_dot else ""
-    POINTERS["scale_group"] = scales
+    POINTERS.update({f"scale_group{end}": scales for end in ("", "_1", "_2")})
     build(product, dtype, absent, constants | sizes, capability, source, num_warps=config.warps)
 
 
+def build_head(sizes: Sizes, dtype: str, absent: tuple[str, ...], capability: int) -> None:
+    blocks = {"BLOCK_TOKENS": sizes.block_tokens, "BLOCK_OUT": sizes.block_out, "BLOCK_IN": sizes.block_in, "STAGES": sizes.stages}
+    constants = {"IS_WIDE": False, "IS_TF32": dtype == "fp32"} | blocks
+    POINTERS.update(weight="i8", scale="fp16")
+    build(int8_rows, dtype, absent, constants, capability, num_warps=sizes.warps)
+    POINTERS["weight"] = "u8"
+
+
 for capability in (80, 90):
-    build_product(ONE[0], "bf16", ("scale_in", "router", "scale_group"), 0, capability)  # what is taken where nothing is measured
-    build_product(SEVERAL[3], "fp16", ("gate",), 12, capability)
+    build_product(ONE[0], "bf16", ("scale_in", "router", "scale_group"), 0, capability, 3)  # what is taken where nothing is measured
+    build_product(SEVERAL[3], "fp16", ("gate",), 12, capability, 2)
     build_product(MANY[0], "fp32", ("scale_in", "router"), 64, capability)
-    build(prepare, "bf16", (), {"PLANES": 2, "EXPERTS": 3, "PADDED": 4, "BLOCK_BYTES": 128, "BLOCK_ROUTER": 2048}, capability)
-    build(add_up, "bf16", (), {"BLOCK": 512}, capability)
+    sizes = {"COUNT": 3, "PLANES": 2, "SHARED": False, "EXPERTS": 3, "PADDED": 4, "BLOCK_BYTES": 128, "BLOCK_ROUTER": 2048}
+    build(prepare, "bf16", (), sizes, capability)
+    build(add_up, "bf16", (), {"COUNT": 2, "BLOCK": 512}, capability)
+    build_head(triton_head.FEW, "bf16", ("bias",), capability)
+    build_head(triton_head.MANY, "fp32", (), capability)
 build_product(ONE[3], "bf16", ("gate", "scale_group"), 0, 90)
-build_product(MANY[0], "fp32", ("scale_in", "router"), 64, 80, "tf32x3", "fp32")
+build_product(MANY[0], "fp32", ("scale_in", "router"), 64, 80, 1, "tf32x3", "fp32")

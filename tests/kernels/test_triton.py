@@ -22,6 +22,7 @@ pytest.importorskip("triton", reason="Triton is not installed (the extra 'gpu')"
 
 from bimos.kernels import gpu, packed_linear, reference, triton_tuning
 from bimos.kernels import triton as kernels
+from bimos.kernels.triton import Stored
 from bimos.kernels.triton_tuning import FEW, MANY, ONE, SEVERAL, Config
 from bimos.packing.linear import PackedLinear
 
@@ -128,8 +129,54 @@ def test_every_configuration(tokens: int, config: Config, dtype: torch.dtype, gr
     n_in = 8 * config.block_bytes + 8
     tensors = make(1, 2, n_in, config.block_out + 1, group)
     x = torch.randn(tokens, n_in).to(DEVICE, dtype)
-    y = kernels.launch(x, **tensors, group_size=group or 0, config=config)
+    (y,) = kernels.launch(x, [Stored(**tensors)], group or 0, config)
     assert_right(y, x, tensors, group or 0)
+
+
+@pytest.mark.parametrize(("dtype", "group"), [(torch.float32, None), (torch.bfloat16, 12)], ids=str)
+@pytest.mark.parametrize(("tokens", "config"), [(1, ONE[0]), (1, ONE[3]), (5, SEVERAL[0]), (5, SEVERAL[3]), (19, MANY[0])], ids=str)
+@pytest.mark.parametrize("widths", [(70, 33, 1), (64, 130)], ids=str)
+@pytest.mark.parametrize(
+    ("planes", "experts", "scales"), [(1, 3, ("scale_in", "scale_out")), (2, 1, ("scale_in",)), (1, 2, ("scale_out",))]
+)
+def test_linears_of_one_input_in_one_launch(
+    widths: tuple[int, ...],
+    planes: int,
+    experts: int,
+    scales: tuple[str, ...],
+    tokens: int,
+    config: Config,
+    dtype: torch.dtype,
+    group: int | None,
+) -> None:
+    torch.manual_seed(0)
+    linears = [make(planes, experts, 80, width, group, scales) for width in widths]
+    x = torch.randn(tokens, 80).to(DEVICE, dtype)
+    for divided in (config, config._replace(waves=0, block_bytes=min(config.block_bytes, 16 if config.is_dot else 64))):
+        products = kernels.launch(x, [Stored(**tensors) for tensors in linears], group or 0, divided)
+        for y, tensors in zip(products, linears, strict=True):
+            assert y.is_contiguous()
+            assert_right(y, x, tensors, group or 0)
+
+
+def test_which_linears_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    launch = kernels.launch
+    monkeypatch.setattr(kernels, "launch", lambda x, linears, *rest: counts.append(len(linears)) or launch(x, linears, *rest))
+    first, second, other = make(1, 2, 64, 9, None), make(1, 2, 64, 20, None), make(1, 3, 64, 9, None)
+    x = torch.randn(2, 3, 64, device=DEVICE)
+
+    def together(*linears: dict[str, Any]) -> list[Tensor]:
+        columns = {name: [tensors[name] for tensors in linears] for name in first}
+        return kernels.packed_linears(x, **{name: [] if column[0] is None else column for name, column in columns.items()})
+
+    for linears, expected in (((first, second), [2]), ((first, other), [1, 1]), ((first, second, first), [3]), ((first,) * 4, [1] * 4)):
+        counts.clear()
+        for y, tensors in zip(together(*linears), linears, strict=True):
+            assert_right(y, x, tensors)
+        assert counts == expected
+    counts.clear()
+    assert [y.shape for y in together(first, make(1, 2, 64, 0, None))] == [(2, 3, 9), (2, 3, 0)] and counts == [1]
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 20])
@@ -141,7 +188,8 @@ def test_inputs_divided_between_programs(tokens: int) -> None:
     config = triton_tuning.candidates(tokens)[0]
     grids = {waves: kernels.divide(config._replace(waves=waves), tokens, 9, 256, x.device)[1] for waves in (0, config.waves)}
     assert grids[0][2] == 1 and grids[config.waves][2] > 1
-    whole, first, second = (kernels.launch(x, **tensors, group_size=0, config=config._replace(waves=n)) for n in (0, *[config.waves] * 2))
+    linears = [Stored(**tensors)]
+    whole, first, second = (kernels.launch(x, linears, 0, config._replace(waves=n))[0] for n in (0, *[config.waves] * 2))
     assert torch.equal(first, second)
     assert relative_error(first, whole) < 1e-6
     assert_right(first, x, tensors)
@@ -228,6 +276,7 @@ def dispatched() -> Iterator[None]:
         return
     library = torch.library.Library("bimos", "IMPL")
     library.impl("packed_linear", kernels.packed_linear, "CPU", allow_override=True)
+    library.impl("packed_linears", kernels.packed_linears, "CPU", allow_override=True)
     yield
     library._destroy()
 
@@ -237,6 +286,8 @@ def test_opcheck_and_compile(dispatched: None) -> None:
     tensors = make(2, 3, 64, 20, 32)
     x = torch.randn(1, 64, device=DEVICE)
     torch.library.opcheck(torch.ops.bimos.packed_linear.default, (x, *tensors.values(), None, False, 32))
+    several = [[t] * 2 for t in tensors.values()]
+    torch.library.opcheck(torch.ops.bimos.packed_linears.default, (x, *several, 32))
     layer = PackedLinear.from_tensors({name: t for name, t in tensors.items() if t is not None})
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for tokens in (1, FEW + 1):
@@ -319,8 +370,9 @@ def test_the_kernels_compile_for_gpus(tmp_path: Path) -> None:
         [sys.executable, str(script)], env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    kernels = [f"{kernel} {capability}" for capability in (80, 90) for kernel in (*["product"] * 3, "prepare", "add_up")]
-    assert done.stdout.splitlines() == [*kernels, "product 90", "product 80"]
+    names = *["product"] * 3, "prepare", "add_up", "int8_rows", "int8_rows"
+    compiled = [f"{name} {capability}" for capability in (80, 90) for name in names]
+    assert done.stdout.splitlines() == [*compiled, "product 90", "product 80"]
 
 
 def test_choices_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

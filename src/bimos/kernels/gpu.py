@@ -1,4 +1,4 @@
-"""What runs the ops on a GPU: the Triton kernels (`bimos.kernels.triton`) where they can, plain torch elsewhere.
+"""What runs the ops on a GPU: the Triton kernels (`bimos.kernels.triton`, `triton_head`) where they can, plain torch elsewhere.
 
 Triton is no dependency, and slow to import: it is looked for here, and imported when the first tensors on a GPU come.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bimos.kernels import ops  # noqa: F401 - schemas come first
+from bimos.kernels import ops
 
 CAPABILITY = (8, 0)  # the least of an NVIDIA GPU: bfloat16, and float32 in three parts of tf32
 
@@ -24,6 +24,22 @@ def _packed_linear(x: Tensor, weight: Tensor, *arguments: Any, **named: Any) -> 
     from bimos.kernels import triton
 
     return triton.packed_linear(x, weight, *arguments, **named)
+
+
+def _packed_linears(x: Tensor, weight: list[Tensor], *arguments: Any, **named: Any) -> list[Tensor]:
+    if problem(x.device):
+        return ops.one_by_one(x, weight, *arguments, **named)
+    from bimos.kernels import triton
+
+    return triton.packed_linears(x, weight, *arguments, **named)
+
+
+def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    if not x.is_cuda or problem(x.device):
+        return torch.ops.bimos.int8_linear_reference(x, weight, scale, bias)
+    from bimos.kernels import triton_head
+
+    return triton_head.int8_linear(x, weight, scale, bias)
 
 
 def _for_reference(
@@ -72,3 +88,5 @@ def _failure(device: torch.device) -> str:
 
 if not _missing():
     torch.library.impl("bimos::packed_linear", "CUDA")(_packed_linear)
+    torch.library.impl("bimos::packed_linears", "CUDA")(_packed_linears)
+    torch.library.impl("bimos::int8_linear", "CUDA")(_int8_linear)

@@ -9,6 +9,9 @@ which is made of differentiable parts; asking costs two comparisons a call, an a
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,6 +21,13 @@ torch.library.define(
     "bimos::packed_linear",
     "(Tensor x, Tensor weight, Tensor? scale_in, Tensor? scale_out, Tensor? router, Tensor? scale_group, Tensor? bias, "
     "Tensor? tiles=None, bool int8=False, int group_size=0) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# Several of one input. Lists are as long as that of the weights, or empty: what one stores all do.
+torch.library.define(
+    "bimos::packed_linears",
+    "(Tensor x, Tensor[] weight, Tensor[] scale_in, Tensor[] scale_out, Tensor[] router, Tensor[] scale_group, Tensor[] bias, "
+    "int group_size=0) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # What a faster kernel calls for what it does not cover itself.
@@ -54,6 +64,25 @@ def _(
         fits = scale_group.shape == (planes, out_features, groups) and (group_size or 8 * in_bytes % groups == 0)
         torch._check(bool(fits), lambda: f"scale_group has shape {list(scale_group.shape)}")
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+def one_by_one(
+    x: Tensor,
+    weight: list[Tensor],
+    scale_in: list[Tensor],
+    scale_out: list[Tensor],
+    router: list[Tensor],
+    scale_group: list[Tensor],
+    bias: list[Tensor],
+    group_size: int = 0,
+) -> list[Tensor]:
+    """`bimos::packed_linears` without a kernel of its own."""
+    columns: list[Any] = [tensors or itertools.repeat(None, len(weight)) for tensors in (scale_in, scale_out, router, scale_group, bias)]
+    return [torch.ops.bimos.packed_linear(x, *each, None, False, group_size) for each in zip(weight, *columns, strict=True)]
+
+
+torch.library.register_fake("bimos::packed_linears")(one_by_one)
+torch.library.impl("bimos::packed_linears", "CompositeExplicitAutograd")(one_by_one)
 
 
 torch.library.define(

@@ -82,28 +82,53 @@ def _signed(magnitude: tl.tensor, minus: tl.tensor, BIT: tl.constexpr) -> tl.ten
     return word.to(magnitude.dtype, bitcast=True)
 
 
+@triton.jit
+def _pick(which: tl.tensor, first: tl.tensor, second: tl.tensor, third: tl.tensor, COUNT: tl.constexpr) -> tl.tensor:
+    """The pointer, or number, of linear `which` of COUNT."""
+    if COUNT > 1:
+        first = tl.where(which == 1, second, first)
+    if COUNT > 2:
+        first = tl.where(which == 2, third, first)
+    return first
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def prepare(
     scaled: tl.tensor,
     gate: tl.tensor | None,
     x: tl.tensor,
     scale_in: tl.tensor | None,
+    scale_in_1: tl.tensor | None,
+    scale_in_2: tl.tensor | None,
     router: tl.tensor | None,
+    router_1: tl.tensor | None,
+    router_2: tl.tensor | None,
     tokens: tl.tensor,
     n_bytes: tl.tensor,
     stride_token: tl.tensor,
+    COUNT: tl.constexpr,
     PLANES: tl.constexpr,
+    SHARED: tl.constexpr,
     EXPERTS: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
     BLOCK_ROUTER: tl.constexpr,
 ) -> None:
-    """A token's gate, `gate [tokens, PADDED]`, and BLOCK_BYTES of its scaled inputs, `scaled [PLANES, tokens, 8, in/8]`, or all of them.
+    """A token's gate and BLOCK_BYTES of its scaled inputs, or all of them, for one of COUNT linears.
 
-    A grid `[tokens, 1]` makes each gate once; `[tokens, blocks]` is for few tokens, which would leave a GPU idle.
+    They are `gate [COUNT, tokens, PADDED]` and `scaled [COUNT, PLANES, tokens, 8, in/8]`. A grid `[tokens, 1, COUNT]` makes each gate once;
+    `[tokens, blocks, COUNT]` is for few tokens, which would leave a GPU idle. SHARED: nothing is scaled, all have the first one's inputs.
     """
     token = (tl.program_id(0) + tl.arange(0, 1)).to(tl.int64)
     n_in = n_bytes * 8
+    which = tl.program_id(2)
+    if not SHARED:
+        scaled += tl.cast(which, tl.int64) * PLANES * tokens * n_in
+    if scale_in is not None:
+        scale_in = _pick(which, scale_in, scale_in_1, scale_in_2, COUNT)
+    if router is not None:
+        router = _pick(which, router, router_1, router_2, COUNT)
+        gate += which * tokens * PADDED
     share = tl.zeros([1, PADDED], tl.float32)
     if router is not None:
         share = _gate(x, router, token, token < tokens, n_in, stride_token, EXPERTS, PADDED, BLOCK_ROUTER)
@@ -125,27 +150,46 @@ def prepare(
 @triton.jit(do_not_specialize=["tokens"])
 def product(
     y: tl.tensor,
+    y_1: tl.tensor | None,
+    y_2: tl.tensor | None,
     x: tl.tensor,
-    weight: tl.tensor,
-    scale_in: tl.tensor | None,
-    scale_out: tl.tensor | None,
-    router: tl.tensor | None,
     gate: tl.tensor | None,
+    weight: tl.tensor,
+    weight_1: tl.tensor | None,
+    weight_2: tl.tensor | None,
+    scale_in: tl.tensor | None,
+    scale_in_1: tl.tensor | None,
+    scale_in_2: tl.tensor | None,
+    scale_out: tl.tensor | None,
+    scale_out_1: tl.tensor | None,
+    scale_out_2: tl.tensor | None,
+    router: tl.tensor | None,
+    router_1: tl.tensor | None,
+    router_2: tl.tensor | None,
     scale_group: tl.tensor | None,
+    scale_group_1: tl.tensor | None,
+    scale_group_2: tl.tensor | None,
     bias: tl.tensor | None,
+    bias_1: tl.tensor | None,
+    bias_2: tl.tensor | None,
     tokens: tl.tensor,
     n_bytes: tl.tensor,
     n_out: tl.tensor,
+    n_out_1: tl.tensor,
+    n_out_2: tl.tensor,
     groups: tl.tensor,
     tiles_each: tl.tensor,
+    stride_linear: tl.tensor,
     stride_plane: tl.tensor,
     stride_token: tl.tensor,
     stride_bit: tl.tensor,
     stride_byte: tl.tensor,
+    COUNT: tl.constexpr,
     PLANES: tl.constexpr,
     EXPERTS: tl.constexpr,
     PADDED: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
     IS_DOT: tl.constexpr,
     IS_WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -155,14 +199,50 @@ def product(
     BLOCK_ROUTER: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """Tile `[BLOCK_OUT, BLOCK_TOKENS]` of the result, or of the sum over `tiles_each` tiles of the inputs: `y [splits, tokens, out]`.
+    """Tile `[BLOCK_OUT, BLOCK_TOKENS]` of the result of one of COUNT linears, or of the sum over `tiles_each` tiles of the inputs.
 
+    IS_WHOLE: `y`, `y_1` and `y_2` are `[tokens, out]` of the linears. Else `y` is, for each of `splits` sums, all of the first linear, then
+    of the others. What linears store is alike but for `out`.
     `x` is `[tokens, in]`, or what `prepare` made of it, with strides to match. Of router and gate at most one is there: the gate is made
     here, or was by `prepare`. Without IS_DOT, BLOCK_TOKENS is 1. IS_WIDE: the
     interpreter multiplies no bfloat16; operands are rounded to it and multiplied in float32, which is the same. PRECISION is `tl.dot`'s for
     float32, or "halves": two products in tf32, of the inputs' first 11 bits and of the rest, where signs and their scales are exact in it.
     """
-    row = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    block = tl.program_id(0)
+    which = 0
+    before = 0
+    every = n_out
+    if COUNT > 1:
+        blocks = tl.cdiv(n_out, BLOCK_OUT)
+        which = tl.where(block >= blocks, 1, 0)
+        block -= tl.where(which == 1, blocks, 0)
+        before = tl.where(which == 1, n_out, 0)
+        every += n_out_1
+        if COUNT > 2:
+            blocks = tl.cdiv(n_out_1, BLOCK_OUT)
+            is_third = (which == 1) & (block >= blocks)
+            block -= tl.where(is_third, blocks, 0)
+            before += tl.where(is_third, n_out_1, 0)
+            which += tl.where(is_third, 1, 0)
+            every += n_out_2
+        weight = _pick(which, weight, weight_1, weight_2, COUNT)
+        if scale_in is not None:
+            scale_in = _pick(which, scale_in, scale_in_1, scale_in_2, COUNT)
+        if scale_out is not None:
+            scale_out = _pick(which, scale_out, scale_out_1, scale_out_2, COUNT)
+        if router is not None:
+            router = _pick(which, router, router_1, router_2, COUNT)
+        if scale_group is not None:
+            scale_group = _pick(which, scale_group, scale_group_1, scale_group_2, COUNT)
+        if bias is not None:
+            bias = _pick(which, bias, bias_1, bias_2, COUNT)
+        n_out = _pick(which, n_out, n_out_1, n_out_2, COUNT)
+        if IS_WHOLE:
+            y = _pick(which, y, y_1, y_2, COUNT)
+        x += which * tl.cast(stride_linear, tl.int64)
+        if gate is not None:
+            gate += which * tokens * PADDED
+    row = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     token = (tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)).to(tl.int64)
     split = tl.program_id(2)
     is_row, is_token = row < n_out, token < tokens
@@ -226,21 +306,38 @@ def product(
             part *= tl.trans(_mixed(scale_out + plane * EXPERTS * n_out, share, row, is_row, n_out, EXPERTS, PADDED))
         total += part
     if bias is not None:
-        total += tl.load(bias + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
-    address = y + (split * tokens + token)[None, :] * n_out + row[:, None]
+        offset = tl.load(bias + row, mask=is_row, other=0.0).to(tl.float32)
+        total += tl.where(split == 0, offset, 0.0)[:, None]
+    if not IS_WHOLE:
+        y += tl.cast(split, tl.int64) * tokens * every + tl.cast(before, tl.int64) * tokens
+    address = y + token[None, :] * n_out + row[:, None]
     tl.store(address, total.to(y.dtype.element_ty), mask=is_row[:, None] & is_token[None, :])
 
 
 @triton.jit
 def add_up(
-    y: tl.tensor, parts: tl.tensor, bias: tl.tensor | None, splits: tl.tensor, count: tl.tensor, n_out: tl.tensor, BLOCK: tl.constexpr
+    y: tl.tensor,
+    y_1: tl.tensor | None,
+    y_2: tl.tensor | None,
+    parts: tl.tensor,
+    splits: tl.tensor,
+    count: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
-    """`y [tokens, out]`, `count` numbers in all, from `parts [splits, tokens, out]`, one after the other."""
+    """From `parts [splits, count]`, one after the other: `first` numbers of `y`, then `second` of `y_1`, then all of `y_2`."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_there = index < count
     total = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):
         total += tl.load(parts + split * count + index, mask=is_there, other=0.0)
-    if bias is not None:
-        total += tl.load(bias + index % n_out, mask=is_there, other=0.0).to(tl.float32)
-    tl.store(y + index, total.to(y.dtype.element_ty), mask=is_there)
+    total = total.to(y.dtype.element_ty)
+    tl.store(y + index, total, mask=index < first)
+    if COUNT > 1:
+        index -= first
+        tl.store(y_1 + index, total, mask=(index >= 0) & (index < second))
+    if COUNT > 2:
+        index -= second
+        tl.store(y_2 + index, total, mask=(index >= 0) & is_there)

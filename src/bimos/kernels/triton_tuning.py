@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 FEW = 16  # tokens: up to so many a product is a decoding step's, read by bits; beyond, a prompt's, multiplied by matrix units
-VERSION = 1  # of kernels and configurations; what was measured of others does not count
+VERSION = 2  # of kernels and configurations; what was measured of others does not count
 
 
 class Config(NamedTuple):
@@ -70,11 +70,11 @@ def candidates(tokens: int) -> tuple[Config, ...]:
     return ONE if tokens == 1 else SEVERAL if tokens <= FEW else MANY
 
 
-def choose(run: Callable[[Config], Tensor], x: Tensor, shape: tuple[int, ...]) -> Config | None:
+def choose(run: Callable[[Config], Any], x: Tensor, shape: tuple[int, ...]) -> Config | None:
     """The best configuration known for `x [..., in]` and layers like this; where none is, `run` is measured with each. None: it can none.
 
     Args:
-        shape: planes, outputs, inputs, experts and inputs of a group of the layer.
+        shape: planes, outputs (of each linear), inputs, experts and inputs of a group of the layer.
     """
     tokens = x.shape[:-1].numel()
     choices = candidates(tokens)
@@ -100,7 +100,7 @@ def _names(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], tok
     return torch.cuda.get_device_name(device), f"v{VERSION} triton {triton.__version__} {str(dtype).removeprefix('torch.')} {kind} {tokens}"
 
 
-def _best(run: Callable[[Config], Tensor], choices: tuple[Config, ...], names: tuple[str, str]) -> Config | None:
+def _best(run: Callable[[Config], Any], choices: tuple[Config, ...], names: tuple[str, str]) -> Config | None:
     gpu, kind = names
     known = read().get(gpu, {}).get(kind)
     if known in choices:

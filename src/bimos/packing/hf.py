@@ -31,6 +31,7 @@ from bimos.packing.integrity import (
 )
 from bimos.packing.layout import Layout, check_description, compare, description_sum, layout_of
 from bimos.packing.linear import PackedLinear
+from bimos.packing.together import join_siblings
 
 FLOATS = ("F16", "BF16", "F32")  # which a loader may widen or narrow
 
@@ -107,6 +108,7 @@ class BimosQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         save_with_cards(type(model))
+        join_siblings(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:

@@ -10,18 +10,22 @@ added here, in float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimos.errors import BimosError
-from bimos.kernels import native, packed_linear
+from bimos.kernels import gpu, native, packed_linear
 from bimos.packing.groups import GROUPED, check_groups, group_sums, product_form
 from bimos.packing.salient import SALIENT, SPARSE, Parts, check_salient, make_parts, parts_product
 
+if TYPE_CHECKING:
+    from bimos.packing.together import Together
+
 ACTIVATIONS = ("exact", "int8")
+FEW = 16  # tokens: beyond, a product keeps a GPU busy by itself
 
 _Form = tuple[Tensor | None, Tensor | None, Tensor | None, Parts | None]
 
@@ -42,6 +46,7 @@ class PackedLinear(nn.Module):
         bias: `[out]` or None.
         group_size: inputs of a group, of which the last of a row may have fewer; None without groups.
         int8: whether kernels may round sums of four inputs to 8 bits (`bimos.kernels.packed_linear`); not stored.
+        together: with which other linears it is multiplied on a GPU, if any (`bimos.packing.together`); not stored, nor copied.
     """
 
     NAMES = ("weight", "scale_in", "scale_out", "router", *GROUPED, *SALIENT, *SPARSE, "bias")
@@ -79,6 +84,7 @@ class PackedLinear(nn.Module):
         self.int8 = False
         # What it was made of; scales of the signs, offsets, tiles for the product, and parts besides.
         self._form: tuple[Any, _Form] = (None, (None, None, None, None))
+        self.together: Together | None = None
         self._beside = [name for name in (*SALIENT, *SPARSE) if name in tensors]
 
     @classmethod
@@ -97,6 +103,10 @@ class PackedLinear(nn.Module):
         return cls({name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in layout.items()}, group_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.together is not None and pays_together(x):
+            y = self.together.product(self, x)
+            if y is not None:
+                return y
         # Not by attribute: a module looks for those three times before it finds a buffer, at a third of the cost of a small product.
         buffers: Any = self._buffers
         planes, bias, size = buffers["weight"], buffers["bias"], self.group_size or 0
@@ -141,6 +151,11 @@ class PackedLinear(nn.Module):
         return group, offset, tiles, make_parts(buffers, size, is_tiled) if self._beside else None
 
     @property
+    def has_parts(self) -> bool:
+        """Whether some of its weights have more than planes (`bimos.packing.salient`)."""
+        return bool(self._beside)
+
+    @property
     def format_version(self) -> int:
         """The first version of the format that has layers like this."""
         is_short = self.group_size is not None and self.in_features % self.group_size
@@ -148,7 +163,7 @@ class PackedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies make their own: nothing is lost, and torch cannot copy a sparse matrix.
-        return self.__dict__ | {"_form": (None, (None, None, None, None))}
+        return self.__dict__ | {"_form": (None, (None, None, None, None)), "together": None}
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
@@ -164,6 +179,13 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         experts = 1 if self.router is None else self.router.shape[0]
         return f"in_features={self.in_features}, out_features={self.out_features}, planes={self.weight.shape[0]}, experts={experts}"
+
+
+def pays_together(x: Tensor) -> bool:
+    """Whether linears of one input `x` are multiplied together: few tokens on a GPU with kernels, no gradients, no compiler at work."""
+    if not x.is_cuda or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        return False
+    return 0 < x.shape[:-1].numel() <= FEW and not gpu.problem(x.device)
 
 
 def _version(tensor: Tensor) -> int | None:

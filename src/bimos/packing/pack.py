@@ -16,6 +16,7 @@ from bimos.packing.embedding import quantize_embeddings, record_tie
 from bimos.packing.hf import BimosConfig, attach
 from bimos.packing.layout import Layout, common_layout
 from bimos.packing.linear import PackedLinear
+from bimos.packing.together import join_siblings
 
 
 def pack_model(
@@ -64,6 +65,7 @@ def pack_model(
     config = describe(model, method=method, options=options, embedding_bits=embedding_bits)
     config.card = dict(card or {})
     attach(model, config)
+    join_siblings(model)
     return model.eval()
 
 
