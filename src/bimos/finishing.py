@@ -75,7 +75,7 @@ def finish(
         "perplexity": quality,
         **change,
         **provenance(),
-        "seconds": max(time.monotonic() - began, sum(stage["seconds"] for stage in stages)),  # of all processes that worked on it
+        "seconds": max(time.monotonic() - began, sum(stage["seconds"] for stage in stages)),  # resumed: `began` is this process's
     }
     write_json(output / "result.json", result)
     write_report(output / "report.html", result)
@@ -96,7 +96,7 @@ def _widened(student: PreTrainedModel) -> Iterator[None]:
             parameter.data = parameter.data.to(wanted) if parameter.dtype == held else parameter.data
         for module in student.modules():
             if isinstance(module, Int8Embedding):  # which goes by a buffer of no length
-                module.like = module.like.to(wanted)
+                module.give(wanted)
 
     take(dtype, torch.bfloat16)
     try:

@@ -28,7 +28,8 @@ def build(
     """
     types = {"x": source or dtype, "y": dtype, "y_1": dtype, "y_2": dtype, "scaled": dtype} | POINTERS
     signature = {name: f"*{types[name]}" if name in types else "i32" for name in kernel.arg_names}
-    missing = [f"{name}{end}" for name in ("y", *STORED, "n_out") for end in ("_1", "_2")[constants.get("COUNT", 1) - 1 :]]
+    missing = ["y_1", "y_2"] if not constants.get("IS_WHOLE", True) else []
+    missing += [f"{name}{end}" for name in ("y", *STORED, "n_out") for end in ("_1", "_2")[constants.get("COUNT", 1) - 1 :]]
     constants = constants | dict.fromkeys([*missing, *(f"{name}{end}" for name in absent for end in ("", "_1", "_2"))])
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")
@@ -47,11 +48,12 @@ def build_product(
     count: int = 1,
     precision: str = "halves",
     scales: str = "fp16",
+    is_whole: bool = True,
 ) -> None:
     sizes = {"BLOCK_TOKENS": config.block_tokens, "BLOCK_OUT": config.block_out, "BLOCK_BYTES": config.block_bytes, "BLOCK_ROUTER": 256}
     sizes["STAGES"] = config.stages
     constants = {"COUNT": count, "PLANES": 2, "EXPERTS": 3, "PADDED": 4, "GROUP_SIZE": group}
-    constants |= {"IS_WHOLE": True, "IS_DOT": config.is_dot, "IS_WIDE": False, "PRECISION": precision if dtype == "fp32" else "ieee"}
+    constants |= {"IS_WHOLE": is_whole, "IS_DOT": config.is_dot, "IS_WIDE": False, "PRECISION": precision if dtype == "fp32" else "ieee"}
     source = "fp32" if config.is_prepared and not config.is_dot else ""
     POINTERS.update({f"scale_group{end}": scales for end in ("", "_1", "_2")})
     build(product, dtype, absent, constants | sizes, capability, source, num_warps=config.warps)
@@ -74,5 +76,6 @@ for capability in (80, 90):
     build(add_up, "bf16", (), {"COUNT": 2, "BLOCK": 512}, capability)
     build_head(triton_head.FEW, "bf16", ("bias",), capability)
     build_head(triton_head.MANY, "fp32", (), capability)
+build_product(ONE[0], "bf16", ("scale_in", "router", "scale_group"), 0, 90, 3, is_whole=False)
 build_product(ONE[3], "bf16", ("gate", "scale_group"), 0, 90)
 build_product(MANY[0], "fp32", ("scale_in", "router"), 64, 80, 1, "tf32x3", "fp32")

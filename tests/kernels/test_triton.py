@@ -159,6 +159,17 @@ def test_linears_of_one_input_in_one_launch(
             assert_right(y, x, tensors, group or 0)
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 19])
+@pytest.mark.parametrize("widths", [(9, 20), (9, 20, 1)], ids=str)
+def test_linears_of_one_input_that_is_divided(widths: tuple[int, ...], tokens: int) -> None:
+    torch.manual_seed(0)
+    linears = [make(1, 2, 2048, width, None) for width in widths]
+    x, config = torch.randn(tokens, 2048, device=DEVICE), triton_tuning.candidates(tokens)[0]
+    assert kernels.divide(config, tokens, sum(widths), 256, x.device)[1][2] > 1
+    for y, tensors in zip(kernels.launch(x, [Stored(**tensors) for tensors in linears], 0, config), linears, strict=True):
+        assert_right(y, x, tensors)
+
+
 def test_which_linears_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
     launch = kernels.launch
@@ -372,7 +383,7 @@ def test_the_kernels_compile_for_gpus(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     names = *["product"] * 3, "prepare", "add_up", "int8_rows", "int8_rows"
     compiled = [f"{name} {capability}" for capability in (80, 90) for name in names]
-    assert done.stdout.splitlines() == [*compiled, "product 90", "product 80"]
+    assert done.stdout.splitlines() == [*compiled, "product 90", "product 90", "product 80"]
 
 
 def test_choices_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

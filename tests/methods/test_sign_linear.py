@@ -101,6 +101,13 @@ def test_signs_of_nobody_else_are_made_again_for_gradients(plane: Plane, dtype: 
         torch.testing.assert_close(made_again, kept)
 
 
+def test_one_vector_has_a_gradient() -> None:
+    latent, x = nn.Parameter(torch.rand(5, 16) - 0.5), torch.randn(16, requires_grad=True)
+    sign_linear(x, latent).sum().backward()
+    assert x.grad is not None and latent.grad is not None
+    torch.testing.assert_close(latent.grad, x.detach().expand(5, 16))
+
+
 @needs_kernels
 def test_signs_are_there_for_whoever_asks_beside_tables(tables: None) -> None:
     torch.manual_seed(0)

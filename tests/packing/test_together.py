@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,12 +96,13 @@ def test_another_input_or_one_that_was_written_to(calls: list[str]) -> None:
 def test_nobody_is_waited_for_for_ever(calls: list[str]) -> None:
     block = Block()
     join_siblings(block)
+    kept = block.k_proj, block.v_proj  # by whoever took them out
     block.k_proj, block.v_proj = nn.Linear(16, 8), nn.Linear(16, 8)
     for _ in range(PATIENCE + 1):
         block.q_proj(torch.randn(1, 16))
     calls.clear()
     block.q_proj(torch.randn(1, 16))
-    assert block.q_proj.together is None and calls == ["packed_linear"]
+    assert block.q_proj.together is None and calls == ["packed_linear"] and kept[0].together is None
 
 
 @pytest.mark.parametrize(
@@ -109,6 +112,33 @@ def test_what_is_stored_otherwise_stays_by_itself(changes: dict[str, Any]) -> No
     block = Block(k_proj=changes)
     join_siblings(block)
     assert block.q_proj.together is None and block.v_proj.together is None
+
+
+def test_what_is_elsewhere_or_gone_is_not_waited_for(calls: list[str]) -> None:
+    block, x = Block(), torch.randn(1, 16)
+    expected = block.q_proj(x)
+    join_siblings(block)
+    block.k_proj.to("meta")  # as what is offloaded
+    calls.clear()
+    assert torch.equal(block.q_proj(x), expected) and calls == ["packed_linear"]
+    other = Block()
+    join_siblings(other)
+    replica = other.q_proj._replicate_for_data_parallel()
+    replica._buffers = dict(other.q_proj._buffers)
+    calls.clear()
+    assert torch.equal(replica(x), other.q_proj(x)) and calls == ["packed_linear", "packed_linears"]
+
+
+def test_each_is_free_with_its_last_reference() -> None:
+    block = Block()
+    join_siblings(block)
+    seen = weakref.ref(block.k_proj.weight)
+    gc.disable()
+    try:
+        del block
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_copies_are_by_themselves() -> None:

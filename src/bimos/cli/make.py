@@ -74,7 +74,7 @@ def quantize(
     if output is None and not dry_run:
         raise BimosError("where to? give an output directory with -o DIR (or --dry-run)")
     if processes is not None and not dry_run:
-        raise BimosError(f"--processes {processes} goes with --dry-run: start as many with torchrun or accelerate launch")
+        raise BimosError(f"--processes {processes} goes with --dry-run: start as many with torchrun")
     if resume and overwrite:
         raise BimosError("--resume continues what is in the output directory, --overwrite replaces it: give one of them")
     given = {"method": method, "data": data, "embedding_bits": embedding_bits, "seed": seed, "tokens": tokens, "minutes": minutes}

@@ -198,7 +198,7 @@ class _RemadeProduct(torch.autograd.Function):
         of_x = grad @ _signs(latent, x.dtype, ctx.plane) if ctx.needs_input_grad[0] else None
         of_latent = None
         if ctx.needs_input_grad[1]:
-            of_signs = grad.flatten(0, -2).T @ x.flatten(0, -2)
+            of_signs = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
             of_latent = straight_through(of_signs.to(latent.dtype), latent, ctx.plane)
         return of_x, of_latent, None
 

@@ -59,6 +59,11 @@ class Int8Embedding(nn.Module):
         self._factor = self._rounded()
         return self
 
+    def give(self, dtype: torch.dtype) -> None:
+        """Results in `dtype` from now on."""
+        self.like = self.like.to(dtype)
+        self._factor = self._rounded()
+
     def _rounded(self) -> float | None:
         """The factor in the dtype of the result, as a number: no CUDA graph takes a tensor that is copied to the GPU in every pass."""
         return None if self.embed_scale is None else torch.tensor(self.embed_scale, dtype=self.like.dtype, device="cpu").item()

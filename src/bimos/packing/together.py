@@ -6,6 +6,7 @@ A model calls its projections one by one. What the others are to give waits for 
 from __future__ import annotations
 
 import itertools
+import weakref
 from typing import Any
 
 import torch
@@ -19,20 +20,20 @@ PATIENCE = 3  # times that nobody comes for what waits, until nobody is waited f
 
 
 class Together:
-    """Linears of one input, which store alike.
-
-    Attributes:
-        layers: of at least two.
-    """
+    """Linears of one input, which store alike. They have it, it does not hold them: each is free with its last reference."""
 
     def __init__(self, layers: list[PackedLinear]) -> None:
-        self.layers = layers
+        self._layers = [weakref.ref(layer) for layer in layers]
         self._waiting: tuple[Tensor, int, list[Tensor | None]] | None = None
         self._unused = 0
 
     def product(self, layer: PackedLinear, x: Tensor) -> Tensor | None:
-        """What `layer` makes of `x [..., in]`; None where nobody comes for the others' products, and there is nothing to gain."""
-        index = next(index for index, other in enumerate(self.layers) if other is layer)
+        """What `layer` makes of `x [..., in]`; None where nobody comes for the others' products, or not all are where `x` is."""
+        layers = [other for reference in self._layers if (other := reference()) is not None]
+        index = next((index for index, other in enumerate(layers) if other is layer), None)
+        is_here = all(other._buffers["weight"].device == x.device for other in layers)  # type: ignore[union-attr]
+        if index is None or len(layers) < len(self._layers) or not is_here:  # a replica; one is gone; one is offloaded, or on another GPU
+            return None
         waiting, version = self._waiting, 0 if x.is_inference() else x._version
         if waiting is not None and waiting[0] is x and waiting[1] == version and (found := waiting[2][index]) is not None:
             waiting[2][index] = None
@@ -44,21 +45,21 @@ class Together:
             self._unused += 1
             if self._unused >= PATIENCE:  # another module has taken a sibling's place
                 self._waiting = None
-                for other in self.layers:
+                for other in layers:
                     other.together = None
                 return None
-        results: list[Tensor | None] = list(self._products(x))
+        results: list[Tensor | None] = list(_products(layers, x))
         mine, results[index] = results[index], None
         self._waiting = x, version, results
         return mine
 
-    def _products(self, x: Tensor) -> list[Tensor]:
-        columns: list[list[Any]] = [[layer._buffers[name] for layer in self.layers] for name in ("scale_in", "scale_out", "router")]
-        groups, biases = [layer._product_form()[0] for layer in self.layers], [layer._buffers["bias"] for layer in self.layers]
-        present = [[] if column[0] is None else column for column in (*columns, groups, biases)]
-        weights = [layer.weight for layer in self.layers]
-        products: list[Tensor] = torch.ops.bimos.packed_linears(x, weights, *present, self.layers[0].group_size or 0)
-        return products
+
+def _products(layers: list[PackedLinear], x: Tensor) -> list[Tensor]:
+    columns: list[list[Any]] = [[layer._buffers[name] for layer in layers] for name in ("scale_in", "scale_out", "router")]
+    groups, biases = [layer._product_form()[0] for layer in layers], [layer._buffers["bias"] for layer in layers]
+    present = [[] if column[0] is None else column for column in (*columns, groups, biases)]
+    products: list[Tensor] = torch.ops.bimos.packed_linears(x, [layer.weight for layer in layers], *present, layers[0].group_size or 0)
+    return products
 
 
 def join_siblings(model: nn.Module) -> None:

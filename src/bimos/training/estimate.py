@@ -99,7 +99,7 @@ def peak_memory(model: nn.Module, config: RunConfig, processes: int = 1, device:
         step = max(1, config.distill.batch_size // processes) * config.sequence_length
         is_shared = on_cpu and processes == 1  # signs, by lanes; elsewhere a pass keeps its own, which nobody divides
         alone = sum(share * (layers[name].of_signs_alone + layers[name].of_weight) for name, share in shares.items())
-        own = 0 if is_shared else round(alone * latent) + 2 * value * widest
+        own = 0 if is_shared else round(alone * latent) // (len(blocks) if config.distill.checkpointing else 1) + 2 * value * widest
         state = _state(config.distill) + (signs + made if is_shared else 0)
         states = 2 * value * hidden * len(blocks) * step if config.distill.hidden_weight or config.distill.relative_weight else 0
         if config.distill.checkpointing:  # what enters each block, and one of them inside
