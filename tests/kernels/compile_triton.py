@@ -61,7 +61,7 @@ def build_product(
 
 def build_head(sizes: Sizes, dtype: str, absent: tuple[str, ...], capability: int) -> None:
     blocks = {"BLOCK_TOKENS": sizes.block_tokens, "BLOCK_OUT": sizes.block_out, "BLOCK_IN": sizes.block_in, "STAGES": sizes.stages}
-    constants = {"IS_WIDE": False, "IS_TF32": dtype == "fp32"} | blocks
+    constants = {"IS_WIDE": False, "PRECISION": "halves" if dtype == "fp32" else "ieee"} | blocks
     POINTERS.update(weight="i8", scale="fp16")
     build(int8_rows, dtype, absent, constants, capability, num_warps=sizes.warps)
     POINTERS["weight"] = "u8"

@@ -16,7 +16,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed (the extra 'gpu')")
 
@@ -25,15 +24,10 @@ from bimos.kernels import triton as kernels
 from bimos.kernels.triton import Stored
 from bimos.kernels.triton_tuning import FEW, MANY, ONE, SEVERAL, Config
 from bimos.packing.linear import PackedLinear
+from on_triton import DEVICE, ERRORS, assert_right, make, relative_error
 
 if not kernels.INTERPRETED and not torch.cuda.is_available():
     pytest.skip("no GPU, and Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
-
-DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
-# Root of the mean square error relative to that of the result. The interpreter cuts bfloat16 off where a GPU rounds it.
-ERRORS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.5e-2}
-if DEVICE == "cuda":
-    ERRORS |= {torch.float32: 1e-4, torch.bfloat16: 6e-3}
 
 shapes = st.fixed_dictionaries(
     {
@@ -46,55 +40,6 @@ shapes = st.fixed_dictionaries(
         "bias": st.booleans(),
     }
 )
-
-
-def make(
-    planes: int,
-    experts: int,
-    n_in: int,
-    n_out: int,
-    group: int | None,
-    scales: tuple[str, ...] = ("scale_in", "scale_out"),
-    bias: bool = True,
-) -> dict[str, Any]:
-    def half(*shape: int) -> Tensor:
-        return (torch.rand(shape) + 0.1).half().to(DEVICE)
-
-    return {
-        "weight": torch.randint(0, 256, (planes, n_out, n_in // 8), dtype=torch.uint8).to(DEVICE),
-        "scale_in": half(planes, experts, n_in) if "scale_in" in scales else None,
-        "scale_out": half(planes, experts, n_out) if "scale_out" in scales else None,
-        "router": (torch.randn(experts, n_in) * n_in**-0.5).half().to(DEVICE) if experts > 1 else None,
-        "scale_group": half(planes, n_out, -(-n_in // group)) if group else None,
-        "bias": half(n_out) if bias else None,
-    }
-
-
-def exact(x: Tensor, tensors: dict[str, Any], group_size: int = 0) -> Tensor:
-    t = {name: None if t is None else t.cpu() if t.dtype == torch.uint8 else t.cpu().double() for name, t in tensors.items()}
-    x = x.cpu().double()
-    gate = torch.ones(*x.shape[:-1], 1).double() if t["router"] is None else torch.softmax(x @ t["router"].T, -1)
-    y = torch.zeros(*x.shape[:-1], t["weight"].shape[1]).double() + (0 if t["bias"] is None else t["bias"])
-    for plane, bits in enumerate(t["weight"]):
-        signs = reference.unpack_signs(bits, torch.float64)
-        if t["scale_group"] is not None:
-            signs = signs * t["scale_group"][plane][:, torch.arange(signs.shape[1]) // group_size]
-        s_in, s_out = (1.0 if s is None else gate @ s[plane] for s in (t["scale_in"], t["scale_out"]))
-        y = y + (x * s_in) @ signs.T * s_out
-    return y
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.cpu().double() - expected.cpu().double()).norm() / expected.cpu().double().norm().clamp_min(1e-30)).item()
-
-
-def assert_right(y: Tensor, x: Tensor, tensors: dict[str, Any], group_size: int = 0) -> None:
-    expected = exact(x, tensors, group_size)
-    # A few outputs may cancel to almost nothing: their size is then what random signs would give.
-    same_sign = tensors | {"weight": torch.full_like(tensors["weight"], 255)}
-    size = exact(x.abs(), same_sign, group_size).norm() / x.shape[-1] ** 0.5
-    assert y.dtype == x.dtype and y.shape == expected.shape
-    assert (y.cpu().double() - expected).norm() <= ERRORS[x.dtype] * max(expected.norm(), size)
 
 
 @settings(max_examples=30 if DEVICE == "cpu" else 300, deadline=None)
@@ -131,63 +76,6 @@ def test_every_configuration(tokens: int, config: Config, dtype: torch.dtype, gr
     x = torch.randn(tokens, n_in).to(DEVICE, dtype)
     (y,) = kernels.launch(x, [Stored(**tensors)], group or 0, config)
     assert_right(y, x, tensors, group or 0)
-
-
-@pytest.mark.parametrize(("dtype", "group"), [(torch.float32, None), (torch.bfloat16, 12)], ids=str)
-@pytest.mark.parametrize(("tokens", "config"), [(1, ONE[0]), (1, ONE[3]), (5, SEVERAL[0]), (5, SEVERAL[3]), (19, MANY[0])], ids=str)
-@pytest.mark.parametrize("widths", [(70, 33, 1), (64, 130)], ids=str)
-@pytest.mark.parametrize(
-    ("planes", "experts", "scales"), [(1, 3, ("scale_in", "scale_out")), (2, 1, ("scale_in",)), (1, 2, ("scale_out",))]
-)
-def test_linears_of_one_input_in_one_launch(
-    widths: tuple[int, ...],
-    planes: int,
-    experts: int,
-    scales: tuple[str, ...],
-    tokens: int,
-    config: Config,
-    dtype: torch.dtype,
-    group: int | None,
-) -> None:
-    torch.manual_seed(0)
-    linears = [make(planes, experts, 80, width, group, scales) for width in widths]
-    x = torch.randn(tokens, 80).to(DEVICE, dtype)
-    for divided in (config, config._replace(waves=0, block_bytes=min(config.block_bytes, 16 if config.is_dot else 64))):
-        products = kernels.launch(x, [Stored(**tensors) for tensors in linears], group or 0, divided)
-        for y, tensors in zip(products, linears, strict=True):
-            assert y.is_contiguous()
-            assert_right(y, x, tensors, group or 0)
-
-
-@pytest.mark.parametrize("tokens", [1, 5, 19])
-@pytest.mark.parametrize("widths", [(9, 20), (9, 20, 1)], ids=str)
-def test_linears_of_one_input_that_is_divided(widths: tuple[int, ...], tokens: int) -> None:
-    torch.manual_seed(0)
-    linears = [make(1, 2, 2048, width, None) for width in widths]
-    x, config = torch.randn(tokens, 2048, device=DEVICE), triton_tuning.candidates(tokens)[0]
-    assert kernels.divide(config, tokens, sum(widths), 256, x.device)[1][2] > 1
-    for y, tensors in zip(kernels.launch(x, [Stored(**tensors) for tensors in linears], 0, config), linears, strict=True):
-        assert_right(y, x, tensors)
-
-
-def test_which_linears_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts: list[int] = []
-    launch = kernels.launch
-    monkeypatch.setattr(kernels, "launch", lambda x, linears, *rest: counts.append(len(linears)) or launch(x, linears, *rest))
-    first, second, other = make(1, 2, 64, 9, None), make(1, 2, 64, 20, None), make(1, 3, 64, 9, None)
-    x = torch.randn(2, 3, 64, device=DEVICE)
-
-    def together(*linears: dict[str, Any]) -> list[Tensor]:
-        columns = {name: [tensors[name] for tensors in linears] for name in first}
-        return kernels.packed_linears(x, **{name: [] if column[0] is None else column for name, column in columns.items()})
-
-    for linears, expected in (((first, second), [2]), ((first, other), [1, 1]), ((first, second, first), [3]), ((first,) * 4, [1] * 4)):
-        counts.clear()
-        for y, tensors in zip(together(*linears), linears, strict=True):
-            assert_right(y, x, tensors)
-        assert counts == expected
-    counts.clear()
-    assert [y.shape for y in together(first, make(1, 2, 64, 0, None))] == [(2, 3, 9), (2, 3, 0)] and counts == [1]
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 20])

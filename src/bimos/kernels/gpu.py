@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bimos.kernels import ops
 
+FEW = 16  # tokens: up to so many a product is a decoding step's, read by bits; beyond, a prompt's, multiplied by matrix units
 CAPABILITY = (8, 0)  # the least of an NVIDIA GPU: bfloat16, and float32 in three parts of tf32
 
 

@@ -15,8 +15,9 @@ import triton
 from torch import Tensor
 
 from bimos.kernels import triton_tuning
+from bimos.kernels.gpu import FEW
 from bimos.kernels.triton_kernels import add_up, prepare, product
-from bimos.kernels.triton_tuning import FEW, Config
+from bimos.kernels.triton_tuning import Config
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_SPLITS = 16  # parts of a sum, which are read once more

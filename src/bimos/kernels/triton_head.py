@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bimos.kernels.triton_kernels import add_dot
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -42,7 +44,7 @@ def int8_rows(
     n_out: tl.tensor,
     stride_token: tl.tensor,
     IS_WIDE: tl.constexpr,
-    IS_TF32: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -50,8 +52,7 @@ def int8_rows(
 ) -> None:
     """Tile `[BLOCK_OUT, BLOCK_TOKENS]` of `y [tokens, out]`, from `x [tokens, in]`, `weight [out, in]`, `scale [out]` and `bias [out]`.
 
-    IS_WIDE: the interpreter multiplies no bfloat16; operands of it are multiplied in float32, which is the same. IS_TF32: float32 as two
-    tf32 numbers, the first 11 bits and the rest; the weights are exact in it.
+    IS_WIDE and PRECISION: see `add_dot`.
     """
     row = (tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)).to(tl.int64)
     token = (tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)).to(tl.int64)
@@ -64,14 +65,7 @@ def int8_rows(
         values = tl.load(x + token[:, None] * stride_token + column[None, :], mask=is_token[:, None] & is_column[None, :], other=0.0)
         inputs = tl.trans(values)
         weights = numbers.to(tl.float32).to(x.dtype.element_ty)
-        if IS_WIDE:
-            total = tl.dot(weights.to(tl.float32), inputs.to(tl.float32), total)
-        elif IS_TF32:
-            high = (inputs.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
-            total = tl.dot(weights, high, total, input_precision="tf32")
-            total = tl.dot(weights, inputs - high, total, input_precision="tf32")
-        else:
-            total = tl.dot(weights, inputs, total, input_precision="ieee")
+        total = add_dot(total, weights, inputs, IS_WIDE, PRECISION)
     total *= tl.load(scale + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
     if bias is not None:
         total += tl.load(bias + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
@@ -92,11 +86,12 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -
     rows = x.reshape(tokens, n_in)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
+    is_divided = x.dtype == torch.float32 and not torch.version.hip  # AMD's matrix units have float32
     sizes = FEW if tokens <= FEW.block_tokens else MANY
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         int8_rows[triton.cdiv(n_out, sizes.block_out), triton.cdiv(tokens, sizes.block_tokens)](
             y, rows, weight.contiguous(), scale.contiguous(), None if bias is None else bias.contiguous(), tokens, n_in, n_out,
-            rows.stride(0), IS_WIDE=INTERPRETED and x.dtype == torch.bfloat16, IS_TF32=x.dtype == torch.float32 and not torch.version.hip,
+            rows.stride(0), IS_WIDE=INTERPRETED and x.dtype == torch.bfloat16, PRECISION="halves" if is_divided else "ieee",
             BLOCK_TOKENS=sizes.block_tokens, BLOCK_OUT=sizes.block_out, BLOCK_IN=sizes.block_in, STAGES=sizes.stages,
             num_warps=sizes.warps, enable_fp_fusion=True,
         )  # fmt: skip

@@ -83,6 +83,24 @@ def _signed(magnitude: tl.tensor, minus: tl.tensor, BIT: tl.constexpr) -> tl.ten
 
 
 @triton.jit
+def add_dot(total: tl.tensor, left: tl.tensor, right: tl.tensor, IS_WIDE: tl.constexpr, PRECISION: tl.constexpr) -> tl.tensor:
+    """`total + left @ right`, in float32.
+
+    IS_WIDE: the interpreter multiplies no bfloat16; operands are rounded to it and multiplied in float32, which is the same. PRECISION is
+    `tl.dot`'s for float32, or "halves": two products in tf32, of the first 11 bits of `right` and of the rest, where `left` is exact in it.
+    """
+    if IS_WIDE:
+        total = tl.dot(left.to(tl.float32), right.to(tl.float32), total)
+    elif PRECISION == "halves":
+        high = (right.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        total = tl.dot(left, high, total, input_precision="tf32")
+        total = tl.dot(left, right - high, total, input_precision="tf32")
+    else:
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def _pick(which: tl.tensor, first: tl.tensor, second: tl.tensor, third: tl.tensor, COUNT: tl.constexpr) -> tl.tensor:
     """The pointer, or number, of linear `which` of COUNT."""
     if COUNT > 1:
@@ -204,9 +222,7 @@ def product(
     IS_WHOLE: `y`, `y_1` and `y_2` are `[tokens, out]` of the linears. Else `y` is, for each of `splits` sums, all of the first linear, then
     of the others. What linears store is alike but for `out`.
     `x` is `[tokens, in]`, or what `prepare` made of it, with strides to match. Of router and gate at most one is there: the gate is made
-    here, or was by `prepare`. Without IS_DOT, BLOCK_TOKENS is 1. IS_WIDE: the
-    interpreter multiplies no bfloat16; operands are rounded to it and multiplied in float32, which is the same. PRECISION is `tl.dot`'s for
-    float32, or "halves": two products in tf32, of the inputs' first 11 bits and of the rest, where signs and their scales are exact in it.
+    here, or was by `prepare`. Without IS_DOT, BLOCK_TOKENS is 1. IS_WIDE and PRECISION: see `add_dot`.
     """
     block = tl.program_id(0)
     which = 0
@@ -285,14 +301,7 @@ def product(
                         magnitude = factor.to(x.dtype.element_ty)
                     signs = _signed(magnitude, ~bits, bit)
                     inputs = tl.trans(values.to(x.dtype.element_ty))
-                    if IS_WIDE:
-                        part = tl.dot(signs.to(tl.float32), inputs.to(tl.float32), part)
-                    elif PRECISION == "halves":
-                        high = (inputs.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
-                        part = tl.dot(signs, high, part, input_precision="tf32")
-                        part = tl.dot(signs, inputs - high, part, input_precision="tf32")
-                    else:
-                        part = tl.dot(signs, inputs, part, input_precision=PRECISION)
+                    part = add_dot(part, signs, inputs, IS_WIDE, PRECISION)
                 else:
                     values = values.to(tl.float32)
                     signed = tl.where(((bits >> bit) & 1) == 1, values, -values)

@@ -21,7 +21,8 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-FEW = 16  # tokens: up to so many a product is a decoding step's, read by bits; beyond, a prompt's, multiplied by matrix units
+from bimos.kernels.gpu import FEW
+
 VERSION = 2  # of kernels and configurations; what was measured of others does not count
 
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from bimos.packing.together import Together
 
 ACTIVATIONS = ("exact", "int8")
-FEW = 16  # tokens: beyond, a product keeps a GPU busy by itself
 
 _Form = tuple[Tensor | None, Tensor | None, Tensor | None, Parts | None]
 
@@ -185,7 +184,7 @@ def pays_together(x: Tensor) -> bool:
     """Whether linears of one input `x` are multiplied together: few tokens on a GPU with kernels, no gradients, no compiler at work."""
     if not x.is_cuda or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
         return False
-    return 0 < x.shape[:-1].numel() <= FEW and not gpu.problem(x.device)
+    return 0 < x.shape[:-1].numel() <= gpu.FEW and not gpu.problem(x.device)
 
 
 def _version(tensor: Tensor) -> int | None:
